@@ -1,0 +1,30 @@
+"""Task-routed adapters for Hugging Face PEFT: Polytropon (arXiv 2202.13914) and Multi-Head Routing (arXiv 2211.03831).
+
+Importing the package registers the method `PEFT_POLY` with PEFT; nothing else happens on import.
+"""
+
+from . import compat
+
+compat.check_peft()
+compat.add_peft_type()
+
+from .config import PolyConfig  # noqa: E402
+from .layer import Linear, PolyLayer  # noqa: E402
+from .model import PolyModel, use_task  # noqa: E402
+from .registration import register  # noqa: E402
+from .router import PolyRouter, Router, get_router  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Linear",
+    "PolyConfig",
+    "PolyLayer",
+    "PolyModel",
+    "PolyRouter",
+    "Router",
+    "get_router",
+    "use_task",
+]
+
+register()

@@ -1,0 +1,170 @@
+"""`PolyConfig`: every setting of a task-routed adapter, checked without a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, Optional, Union
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+__all__ = ["PolyConfig"]
+
+GRANULARITIES = ("layer", "block", "model")
+INITS = (True, False, "mhr")
+
+
+@dataclass
+class PolyConfig(PeftConfig):
+    """Settings of a Polytropon (Poly) or Multi-Head Routing (MHR) adapter.
+
+    The adapter keeps `n_skills` low-rank pairs per adapted layer and, for each of `n_tasks` tasks, a router row that
+    mixes them. With `n_splits > 1` (MHR) every slice of the features has mixing weights of its own. The defaults
+    reproduce PEFT's own Poly. Papers: Polytropon, arXiv 2202.13914; MHR, arXiv 2211.03831.
+
+    Args:
+        r (`int`): Rank of every skill.
+        target_modules (`list[str] | str`, *optional*): Layers to adapt: name endings, a regular expression,
+            `"all-linear"`, or None for the default of the architecture (the same as LoRA's).
+        exclude_modules (`list[str] | str`, *optional*): Layers to leave out, by name ending or regular expression.
+        layers_to_transform (`list[int] | int`, *optional*): Indices of the repeated blocks to adapt; None for all.
+            Needs `target_modules` to be a list.
+        layers_pattern (`list[str] | str`, *optional*): Name of the module list that `layers_to_transform` counts in.
+        modules_to_save (`list[str]`, *optional*): Further modules to train and save as they are (heads, say).
+        init_weights (`bool | "mhr"`): True: A as `nn.Linear` per split, B zero. False: B as A, for tests. `"mhr"`:
+            A uniform in `+-1/sqrt(3 in_features)`, B zero, as the code of the MHR paper has it.
+        poly_type (`"poly"`): The kind of router; there is one.
+        n_tasks (`int`, *optional*): Number of tasks (router rows). Default: `len(task_names)`, else 1.
+        n_skills (`int`): Number of skills in the inventory of a layer.
+        n_splits (`int`): Number of splits (heads). Must divide the in- and out-features of every adapted layer.
+        task_names (`list[str]`, *optional*): A name for each task, usable wherever an id goes. Sets `n_tasks`.
+        lora_alpha (`float`): The update is scaled by `lora_alpha / r`.
+        lora_dropout (`float`): Dropout on the input of the adapter while training.
+        router_temperature (`float`): Temperature of the relaxed Bernoulli; 1 as in the papers.
+        router_noise (`bool`): True: training samples the relaxed Bernoulli. False: training uses the sigmoid too, as
+            the MHR recipe for T0 does.
+        router_granularity (`"layer" | "block" | "model"`): One router per adapted layer, per repeated block, or for
+            the whole model. Layers outside any repeated block keep their own under `"block"`.
+
+    Raises:
+        ValueError: A setting is outside what is allowed; the message names it, the value and what to do.
+
+    Example:
+
+    ```py
+    >>> from peft_poly import PolyConfig
+    >>> config = PolyConfig(task_type="SEQ_2_SEQ_LM", r=8, n_skills=8, n_splits=4, task_names=["rte", "sst2"])
+    >>> config.n_tasks
+    2
+
+    ```
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of every skill."})
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Layers to adapt: name endings, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Layers to leave out: name endings or a regular expression."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indices of the repeated blocks to adapt."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Further modules to train and save as they are."}
+    )
+    init_weights: Union[bool, Literal["mhr"]] = field(
+        default=True, metadata={"help": "True: A as nn.Linear, B zero. False: B as A. 'mhr': the paper's range for A."}
+    )
+    poly_type: Literal["poly"] = field(default="poly", metadata={"help": "The kind of router."})
+    n_tasks: int = field(  # type: ignore[assignment]  # None until __post_init__, to tell "not given" from 1
+        default=None, metadata={"help": "Number of tasks. Default: the number of task_names, else 1."}
+    )
+    n_skills: int = field(default=4, metadata={"help": "Number of skills in the inventory of a layer."})
+    n_splits: int = field(default=1, metadata={"help": "Number of splits; more than 1 is Multi-Head Routing."})
+    task_names: Optional[list[str]] = field(default=None, metadata={"help": "A name for each task."})
+    lora_alpha: float = field(default=1, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapter."})
+    router_temperature: float = field(default=1.0, metadata={"help": "Temperature of the relaxed Bernoulli."})
+    router_noise: bool = field(default=True, metadata={"help": "Sample the routing while training."})
+    router_granularity: Literal["layer", "block", "model"] = field(
+        default="layer", metadata={"help": "One router per adapted layer, per repeated block, or for the model."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PEFT_POLY  # type: ignore[attr-defined]
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as all PEFT configs do
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_targets()
+        self._check_tasks()
+        self._check_sizes()
+        self._check_choices()
+
+    def _check_targets(self) -> None:
+        by_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        for name in ("layers_to_transform", "layers_pattern"):
+            if by_regex and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a regular expression "
+                    f"({self.target_modules!r}). Pass a list of names, or say it all in the expression."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`, the indices of the blocks to adapt.")
+
+    def _check_tasks(self) -> None:
+        if self.task_names is None:
+            self.n_tasks = 1 if self.n_tasks is None else self.n_tasks
+            return
+        check_task_names(self.task_names)
+        self.task_names = list(self.task_names)
+        if self.n_tasks is not None and self.n_tasks != len(self.task_names):
+            raise ValueError(
+                f"`n_tasks` is {self.n_tasks} but `task_names` has {len(self.task_names)} entries. "
+                "Leave `n_tasks` out, or make them agree."
+            )
+        self.n_tasks = len(self.task_names)
+
+    def _check_sizes(self) -> None:
+        for name in ("r", "n_tasks", "n_skills", "n_splits"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        for name in ("lora_alpha", "router_temperature"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` must lie in [0, 1), got {self.lora_dropout!r}.")
+
+    def _check_choices(self) -> None:
+        if self.poly_type != "poly":
+            raise ValueError(f"`poly_type` must be 'poly', the one kind of router there is, got {self.poly_type!r}.")
+        if not isinstance(self.router_noise, bool):
+            raise ValueError(f"`router_noise` must be True or False, got {self.router_noise!r}.")
+        if not isinstance(self.init_weights, bool) and self.init_weights != "mhr":
+            raise ValueError(f"`init_weights` must be one of {INITS}, got {self.init_weights!r}.")
+        if self.router_granularity not in GRANULARITIES:
+            raise ValueError(f"`router_granularity` must be one of {GRANULARITIES}, got {self.router_granularity!r}.")
+
+
+def check_task_names(names: object) -> None:
+    """Raise `ValueError` unless `names` is a non-empty sequence of different, non-empty strings."""
+    if isinstance(names, str) or not isinstance(names, (list, tuple)) or not names:
+        raise ValueError(f"`task_names` must be a non-empty list of names, got {names!r}.")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"Every task name must be a non-empty string, got {name!r} in {list(names)!r}.")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"Task names must differ, but {repeated} occur more than once. Rename or remove them.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,353 @@
+"""One adapted linear layer: a frozen base layer, an inventory of skills, and a router that mixes them per task.
+
+             ┌───────────────────────── base layer ─────────────────────────┐
+    x ───────┤                                                              (+)──▶ y
+             └─ dropout ─▶ A_t (in, r) ─▶ · alpha / r ─▶ B_t (r, out) ──────┘
+                             ▲                             ▲
+    task t ─▶ router ─▶ w: (h, k) mixes A: (h, k, in / h, r) and B: (h, k, r, out / h)
+
+For one task at eval this is exactly a LoRA of rank r, which is what merging rests on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional, Union, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import PolyConfig
+from .merging import merge, unmerge
+from .mixing import low_rank_update, mix_A, mix_B
+from .router import Router, get_router
+from .task_ids import TaskIds
+from .tasks import TaskContext
+
+__all__ = ["Linear", "PolyLayer"]
+
+
+class PolyLayer(BaseTunerLayer):
+    """The adapters of one layer, by name: parameters, router and settings.
+
+    With `h = n_splits` and `k = n_skills`, the tensors have the layout of PEFT's own Poly: `poly_lora_A`
+    `(h, k, in_features // h, r)`, `poly_lora_B` `(h, k, r, out_features // h)`, `poly_router`'s `module_logits`
+    `(n_tasks, h * k)`.
+    """
+
+    training: bool
+    adapter_layer_names = ("poly_lora_A", "poly_lora_B", "poly_router")
+    other_param_names = (
+        "r",
+        "n_tasks",
+        "n_skills",
+        "n_splits",
+        "poly_type",
+        "lora_alpha",
+        "scaling",
+        "poly_dropout",
+        "merged_tasks",
+    )
+
+    def __init__(self, base_layer: nn.Module, task_context: Optional[TaskContext] = None, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.task_context = TaskContext({}) if task_context is None else task_context
+        self.r: dict[str, int] = {}
+        self.n_tasks: dict[str, int] = {}
+        self.n_skills: dict[str, int] = {}
+        self.n_splits: dict[str, int] = {}
+        self.poly_type: dict[str, str] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.poly_dropout = nn.ModuleDict()
+        self.poly_router = nn.ModuleDict()
+        self.poly_lora_A = nn.ParameterDict()
+        self.poly_lora_B = nn.ParameterDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.merged_tasks: dict[str, int] = {}
+        self.frozen_peft_weight_names = {}
+        self.cast_input_dtype_enabled = True
+        self.kwargs = kwargs
+
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(
+            base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        sizes: Any = _get_in_out_features(base)
+        self.in_features: int = sizes[0]
+        self.out_features: int = sizes[1]
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: PolyConfig,
+        inference_mode: bool = False,
+        router: Optional[Router] = None,
+        layer_name: str = "this layer",
+    ) -> None:
+        """Add an adapter, or make one anew.
+
+        Args:
+            adapter_name: its name.
+            config: its settings.
+            inference_mode: create it frozen.
+            router: a router shared with other layers; one of its own is made if None.
+            layer_name: name of the layer, for messages.
+
+        Raises:
+            ValueError: `n_splits` does not divide the layer's features.
+        """
+        for side, size in (("in", self.in_features), ("out", self.out_features)):
+            if size % config.n_splits:
+                raise ValueError(
+                    f"n_splits={config.n_splits} does not divide the {size} {side}-features of {layer_name}. Choose a "
+                    f"divisor of both {self.in_features} and {self.out_features}, or leave the layer out with "
+                    "`exclude_modules`."
+                )
+        self.task_context.configs.setdefault(adapter_name, config)
+        h, k = config.n_splits, config.n_skills
+        self.r[adapter_name] = config.r
+        self.n_tasks[adapter_name] = config.n_tasks
+        self.n_skills[adapter_name] = k
+        self.n_splits[adapter_name] = h
+        self.poly_type[adapter_name] = config.poly_type
+        self.lora_alpha[adapter_name] = config.lora_alpha
+        self.scaling[adapter_name] = config.lora_alpha / config.r
+        self.poly_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.poly_lora_A[adapter_name] = nn.Parameter(torch.empty(h, k, self.in_features // h, config.r))
+        self.poly_lora_B[adapter_name] = nn.Parameter(torch.empty(h, k, config.r, self.out_features // h))
+        self.poly_router[adapter_name] = get_router(config) if router is None else router
+        self.reset_poly_parameters(adapter_name, config.init_weights, reset_router=router is None)
+        for module in (self.poly_dropout[adapter_name], self.poly_router[adapter_name]):
+            module.train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def reset_poly_parameters(self, adapter_name: str, init_weights: Any, reset_router: bool = True) -> None:
+        """Draw the parameters of an adapter anew; see `PolyConfig.init_weights`.
+
+        With `init_weights` True or False the draws are those of PEFT's own Poly: one seed, equal parameters.
+        """
+        if adapter_name not in self.poly_lora_A:
+            return
+        A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
+        if init_weights == "mhr":
+            A.uniform_(-1 / math.sqrt(3 * self.in_features), 1 / math.sqrt(3 * self.in_features))
+        else:
+            A.copy_(_uniform_like_linear(A.transpose(2, 3)).transpose(2, 3))
+        if init_weights:
+            B.zero_()
+        else:
+            B.copy_(_uniform_like_linear(B.transpose(2, 3)).transpose(2, 3))
+        if reset_router:
+            self.poly_router[adapter_name].reset()
+
+    def mixed_pair(self, adapter_name: str, task_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The low-rank pairs of tasks: `(b,) -> (b, in, r), (b, r, out)`, dtype of the adapter."""
+        A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
+        with torch.autocast(A.device.type, enabled=False):  # the mix is small, and 1e-12 needs float32
+            w = cast(Router, self.poly_router[adapter_name])(task_ids).to(A.device)
+            return mix_A(w, A), mix_B(w, B)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
+        with keep_requires_grad(self, adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set the scale of an adapter to `scale * lora_alpha / r`."""
+        if adapter_name in self.scaling:
+            self.scaling[adapter_name] = scale * self.lora_alpha[adapter_name] / self.r[adapter_name]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters by `scale`."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: Optional[float] = None) -> None:
+        """Divide the scale of the active adapters by `scale`, or put back `lora_alpha / r`."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                reset = self.lora_alpha[name] / self.r[name]
+                self.scaling[name] = reset if scale is None else self.scaling[name] / scale
+
+
+class Linear(nn.Module, PolyLayer):
+    """A task-routed `nn.Linear` or `Conv1D`, quantised or not.
+
+    Equation: `y = base(x) + dropout(x) A_t B_t * lora_alpha / r`, where `A_t`, `B_t` are the skills mixed for the
+    task of each row (arXiv 2202.13914, 2211.03831).
+
+    Args:
+        base_layer: the layer to adapt.
+        adapter_name: name of its first adapter.
+        poly_config: settings of that adapter.
+        task_context: knows the task of each row; shared by the layers of a model.
+
+    Raises:
+        TypeError: the base layer is no linear layer.
+        ValueError: `n_splits` does not divide its features.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        poly_config: PolyConfig,
+        task_context: Optional[TaskContext] = None,
+        router: Optional[Router] = None,
+        layer_name: str = "this layer",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if task_context is None:
+            task_context = TaskContext({adapter_name: poly_config})
+        PolyLayer.__init__(self, base_layer, task_context, **kwargs)
+        self.layer_name = layer_name
+        self._active_adapter = adapter_name
+        self.train(base_layer.training)  # a fresh module is in training mode, whatever the model is in
+        self.update_layer(adapter_name, poly_config, router=router, layer_name=layer_name)
+
+    def forward(self, x: torch.Tensor, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> torch.Tensor:
+        """`(b, ..., in) -> (b, ..., out)`, in the base layer's dtype.
+
+        Args:
+            x: input of any number of dimensions.
+            task_ids: tasks of the rows, where no `PeftModel` or `use_task` has said them.
+
+        Raises:
+            ValueError: no task is known, or the ids do not fit the rows.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        active = [name for name in self.active_adapters if name in self.poly_lora_A]
+        if not active:
+            return result
+        dtype, n_rows = result.dtype, x.shape[0] if x.dim() > 1 else 1
+        context = self.task_context
+        batch = context.of_call(task_ids, active, None if task_ids is None else n_rows)
+        for name in active:
+            ids = torch.zeros(1, dtype=torch.long) if batch is None else batch.rows(name, n_rows, self.layer_name)
+            if ids.shape[0] == 1 and self.poly_router[name].samples:
+                ids = ids.expand(n_rows)
+            A, B = self.mixed_pair(name, ids.to(x.device, non_blocking=True))
+            adapted = self.poly_dropout[name](self._cast_input_dtype(x, A.dtype))
+            result = result + low_rank_update(adapted, A, B, self.scaling[name])
+        return result.to(dtype)
+
+    def get_delta_weight(self, adapter: str, task: Union[int, str, None] = None) -> torch.Tensor:
+        """What a task adds to the base weight, in its layout, `(out, in)` or `(in, out)` for Conv1D.
+
+        Args:
+            adapter: name of the adapter.
+            task: id or name of the task. Default: the set one, or the only one.
+
+        Raises:
+            ValueError: the adapter has several tasks and none was chosen.
+        """
+        task_id = self.task_context.one_task(adapter, task)
+        ids = torch.tensor([task_id], device=self.poly_lora_A[adapter].device)
+        with evaluating(self.poly_router[adapter]):
+            A, B = self.mixed_pair(adapter, ids)
+        delta = (A[0].float() @ B[0].float()) * self.scaling[adapter]
+        return (delta if self.fan_in_fan_out else delta.T).to(A.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the task to convert is known, for then the adapter is a LoRA."""
+        return self.task_context.has_one_task(adapter_name)
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+        task: Union[int, str, None] = None,
+    ) -> None:
+        """Add what one task of each adapter adds to the base weight.
+
+        Args:
+            safe_merge: check the result for NaN and infinity before it replaces the weight.
+            adapter_names: adapters to merge. Default: the active ones.
+            task: id or name of the task. Default: the set one, or the only one.
+
+        Raises:
+            ValueError: no task was chosen; the merged weight is not finite; the quantised layer cannot be merged.
+        """
+        merge(self, safe_merge, adapter_names, task)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again, the last one first."""
+        unmerge(self)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        error_msgs = args[-1]
+        for name in self.poly_lora_A:
+            for kind, key in _tensor_keys(name).items():
+                found, wanted = state_dict.get(prefix + key), self.get_parameter(key)
+                if found is not None and found.shape != wanted.shape:
+                    error_msgs.append(
+                        f"{kind} of adapter {name!r} in {prefix[:-1]}: the checkpoint has {tuple(found.shape)}, its "
+                        f"config asks for {tuple(wanted.shape)}. The weights belong to another adapter_config.json or "
+                        "another base model; r, n_tasks, n_skills, n_splits and the layer's size must be the same."
+                    )
+
+    def extra_repr(self) -> str:
+        """How the base layer is quantised, if it is."""
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "poly." + super().__repr__()
+
+
+@contextmanager
+def keep_requires_grad(layer: PolyLayer, adapter_name: str) -> Iterator[None]:
+    """Undo what re-assigning to a ParameterDict does: it makes every tensor trainable."""
+    names = [name for name in layer.adapter_layer_names if adapter_name in getattr(layer, name)]
+    before = {name: _first_parameter(getattr(layer, name)[adapter_name]).requires_grad for name in names}
+    try:
+        yield
+    finally:
+        for name, flag in before.items():
+            getattr(layer, name)[adapter_name].requires_grad_(flag)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Have `module` in eval mode, and put its mode back afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _first_parameter(item: nn.Module | nn.Parameter) -> nn.Parameter:
+    return item if isinstance(item, nn.Parameter) else next(item.parameters())
+
+
+def _tensor_keys(adapter_name: str) -> dict[str, str]:
+    return {
+        "poly_lora_A": f"poly_lora_A.{adapter_name}",
+        "poly_lora_B": f"poly_lora_B.{adapter_name}",
+        "router": f"poly_router.{adapter_name}.module_logits",
+    }
+
+
+def _uniform_like_linear(matrices: torch.Tensor) -> torch.Tensor:
+    """What `nn.Linear` draws for a weight `(n, fan_in)`, for each of `(h, k, n, fan_in)`, skills outermost."""
+    h, k, n, fan_in = matrices.shape
+    gain = nn.init.calculate_gain("leaky_relu", math.sqrt(5))
+    bound = math.sqrt(3.0) * (gain / math.sqrt(fan_in))
+    return matrices.new_empty(k, h, n, fan_in).uniform_(-bound, bound).transpose(0, 1)

@@ -1,0 +1,310 @@
+"""`PolyModel`: puts task-routed layers into a model, and the verbs on its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Optional, Union, cast
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from torch import nn
+
+from .config import PolyConfig
+from .layer import Linear, PolyLayer, evaluating, keep_requires_grad
+from .router import PolyRouter, Router, get_router
+from .sharing import router_group, shared_router_keys
+from .targets import check_architecture, check_target
+from .task_ids import TaskIds, resolve_task, rows_of_call
+from .tasks import TaskContext, generation
+
+__all__ = ["PolyModel", "use_task"]
+
+
+class PolyModel(BaseTuner):
+    """Task-routed adapters (Polytropon, arXiv 2202.13914; MHR, arXiv 2211.03831) in a model.
+
+    Made by `peft.get_peft_model(model, PolyConfig(...))`; its verbs are reached through the `PeftModel`.
+
+    Args:
+        model (`torch.nn.Module`): the model to adapt.
+        peft_config (`PolyConfig | dict[str, PolyConfig]`): settings, of one adapter or by adapter name.
+        adapter_name (`str`): name of the adapter.
+        low_cpu_mem_usage (`bool`): create the parameters on the meta device, to be filled from a checkpoint.
+
+    Raises:
+        TypeError: a target is no linear layer.
+        ValueError: `n_splits` does not divide a target's features; no target was found. The model is left as it was.
+
+    Example:
+
+    ```py
+    >>> import peft, peft_poly, torch
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> config = peft_poly.PolyConfig(target_modules=["0"], n_splits=2, task_names=["cat", "dog"])
+    >>> model = peft.get_peft_model(base, config)
+    >>> model(torch.randn(3, 8), task_ids=["cat", "dog", "cat"]).shape
+    torch.Size([3, 2])
+
+    ```
+    """
+
+    prefix: str = "poly_"
+    tuner_layer_cls = PolyLayer
+    target_module_mapping: dict = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ------------------------------------------------------------------------------------------------- injection
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        found = task_contexts(model)  # adapters that were injected before share their context with new ones
+        self.task_context = found[0] if found else TaskContext(self.peft_config)
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if not any(_notes_tasks(hook) for hook in model._forward_hooks.values()):
+            model.register_forward_hook(self.task_context.note_outputs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection; one that fails leaves the model as it was."""
+        self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_back(adapter_name)
+            raise
+        finally:
+            del self._routers
+
+    def _take_back(self, adapter_name: str) -> None:
+        """Remove what a failed injection had put in, so that the model is as it was before."""
+        for name, layer in list(self.model.named_modules()):
+            if isinstance(layer, PolyLayer) and adapter_name in layer._all_available_adapter_names():
+                active = [other for other in layer.active_adapters if other != adapter_name]
+                layer.set_adapter(active)
+                layer.delete_adapter(adapter_name)
+                if not layer._all_available_adapter_names():
+                    parent = self.model.get_submodule(name.rpartition(".")[0])
+                    setattr(parent, name.rpartition(".")[2], layer.base_layer)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: PolyConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        router = self._shared_router(peft_config, current_key)
+        if isinstance(target, PolyLayer):
+            frozen = adapter_name not in self.active_adapters
+            target.update_layer(adapter_name, peft_config, router=router, layer_name=current_key)
+            if frozen:
+                target.set_requires_grad(adapter_name, False)
+            return
+        quantisation = get_quantization_kwargs(self)
+        check_target(target, current_key, parent, **quantisation)
+        new_module = Linear(
+            target,
+            adapter_name,
+            peft_config,
+            task_context=self.task_context,
+            router=router,
+            layer_name=current_key,
+            **quantisation,
+        )
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # adding an adapter does not make it trainable
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _shared_router(self, config: PolyConfig, key: str) -> Optional[Router]:
+        """The router that a layer shares with others, drawn when the first of them is made; None if it has its own."""
+        group = router_group(config.router_granularity, key)
+        if group is None:
+            return None
+        if group not in self._routers:
+            self._routers[group] = get_router(config)
+            self._routers[group].reset()
+        return self._routers[group]
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        super()._check_target_module_compatiblity(peft_config, model, target_name)
+        check_architecture(model, target_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with ExitStack() as stack:
+            for layer in self.modules():
+                if isinstance(layer, PolyLayer):
+                    stack.enter_context(keep_requires_grad(layer, adapter_name))
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict:
+        state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        for _, *others in shared_router_keys(model, adapter_name):
+            for key in others:  # a shared router is saved once
+                state_dict.pop(key, None)
+        return state_dict
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict
+    ) -> dict:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for first, *others in shared_router_keys(model, adapter_name):
+            if first in state_dict:
+                state_dict.update({key: state_dict[first] for key in others if key not in state_dict})
+        return state_dict
+
+    # ------------------------------------------------------------------------------------------------------- calls
+    def forward(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
+        """The model's forward; `task_ids` as in `PolyModel.routed`."""
+        with self.routed(args, kwargs, task_ids):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
+        """The model's `generate`; rows that it repeats (beams, returned sequences) keep their task."""
+        with generation(), self.routed(args, kwargs, task_ids):
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def routed(self, args: tuple, kwargs: dict[str, Any], task_ids: Optional[TaskIds] = None) -> Iterator[None]:
+        """The context of one call: checks its tasks and makes them known to the layers.
+
+        Args:
+            args: positional arguments of the call, which tell the number of rows.
+            kwargs: its keyword arguments.
+            task_ids: a tensor `(b,)` or `(b, 1)`, a list of ids or names, one id or name for all rows; None for those
+                of `use_task` or `set_task`.
+
+        Raises:
+            ValueError: the tasks are unknown, out of range, or not as many as rows; or none was said.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("`adapter_names` is for LoRA; the rows of a task-routed adapter take `task_ids`.")
+        active = [name for name in self.active_adapters if name in self.peft_config]
+        if not active or not self._enabled:
+            yield
+            return
+        n_rows, repeats = (None, 1) if task_ids is None else rows_of_call(args, kwargs)
+        batch = self.task_context.of_call(task_ids, active, n_rows)
+        if repeats > 1 and batch is not None:
+            batch = batch.repeat(repeats)
+        with self.task_context.use(batch):
+            yield
+
+    @property
+    def _enabled(self) -> bool:
+        layer = next((m for m in self.modules() if isinstance(m, PolyLayer)), None)
+        return layer is not None and not layer.disable_adapters
+
+    # ------------------------------------------------------------------------------------------------------- tasks
+    @property
+    def task_names(self) -> Optional[list[str]]:
+        """Names of the active adapter's tasks, by id; None if they have none."""
+        names = self._active_config.task_names
+        return None if names is None else list(names)
+
+    def task_id(self, task: Union[int, str]) -> int:
+        """Id of a task of the active adapter.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        return resolve_task(task, self._active_config, self.active_adapters[0])
+
+    def set_task(self, task: Optional[Union[int, str]]) -> None:
+        """Choose the task of all calls that say none, in every thread; None clears it.
+
+        Raises:
+            ValueError: an active adapter has no such task.
+        """
+        if task is not None:
+            if not isinstance(task, (int, str)) or isinstance(task, bool):
+                raise ValueError(
+                    f"`set_task` takes one id, one name or None, got {task!r}. For a batch of tasks pass `task_ids=` "
+                    "to the call, or use `with model.use_task(...)`."
+                )
+            self.task_context.resolve(task, self.active_adapters)
+        self.task_context.default = task
+
+    def use_task(self, task: Optional[TaskIds]) -> AbstractContextManager[None]:
+        """Context manager: the task, or the tasks of the rows, of calls in this thread that say none."""
+        return use_task(self, task)
+
+    @property
+    def _active_config(self) -> PolyConfig:
+        if not self.active_adapters:
+            raise ValueError("No adapter is active. Choose one with `set_adapter`.")
+        config = self.peft_config[self.active_adapters[0]]
+        assert isinstance(config, PolyConfig)
+        return config
+
+    @torch.no_grad()
+    def routing_weights(self, adapter_name: Optional[str] = None) -> dict[str, torch.Tensor]:
+        """Mixing weights of every task at eval, `{layer name: (n_tasks, n_splits, n_skills)}`, float32, detached."""
+        name = adapter_name or self.active_adapters[0]
+        if name not in self.peft_config:
+            raise ValueError(f"There is no adapter {name!r}. There are: {sorted(self.peft_config)}.")
+        weights = {}
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, PolyLayer) and name in layer.poly_router:
+                router = cast(PolyRouter, layer.poly_router[name])
+                with evaluating(router):
+                    weights[key] = router(torch.arange(router.n_tasks, device=router.module_logits.device)).detach()
+        return weights
+
+
+def task_contexts(model: nn.Module) -> list[TaskContext]:
+    """The contexts of a model's task-routed layers: one, unless models that were adapted by themselves were joined."""
+    contexts = {id(m.task_context): m.task_context for m in model.modules() if isinstance(m, PolyLayer)}
+    return list(contexts.values())
+
+
+@contextmanager
+def use_task(model: nn.Module, task: Optional[TaskIds]) -> Iterator[None]:
+    """Choose the task, or the tasks of the rows, of all calls in this thread that say none.
+
+    Works for every model with task-routed layers: a `PeftModel`, and one that was given its adapter by
+    `peft.inject_adapter_in_model` or transformers' `model.add_adapter`.
+
+    Args:
+        model: the model.
+        task: one id or name for all rows, a list of them, or a LongTensor `(b,)`; None for none.
+
+    Raises:
+        ValueError: the model has no task-routed layer; an active adapter has no such task.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft import inject_adapter_in_model
+    >>> from peft_poly import PolyConfig, use_task
+    >>> config = PolyConfig(target_modules=["0"], task_names=["cat", "dog"])
+    >>> model = inject_adapter_in_model(config, torch.nn.Sequential(torch.nn.Linear(8, 2)))
+    >>> with use_task(model, ["dog", "cat"]):
+    ...     model(torch.randn(2, 8)).shape
+    torch.Size([2, 2])
+
+    ```
+    """
+    adapters: dict[int, tuple[TaskContext, dict[str, None]]] = {}
+    for layer in model.modules():
+        if isinstance(layer, PolyLayer):
+            _, active = adapters.setdefault(id(layer.task_context), (layer.task_context, {}))
+            active.update(dict.fromkeys(name for name in layer.active_adapters if name in layer.poly_lora_A))
+    if not adapters:
+        raise ValueError(f"{type(model).__name__} has no task-routed layer. Add an adapter with a PolyConfig first.")
+    with ExitStack() as stack:
+        for context, active in adapters.values():
+            stack.enter_context(context.use(None if task is None else context.resolve(task, active)))
+        yield
+
+
+def _notes_tasks(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), TaskContext)

@@ -1,0 +1,104 @@
+"""Makes the method known to PEFT, and closes the gaps PEFT leaves for a method from outside.
+
+PEFT hands `task_ids` on for its own Poly only, and its `generate` and plain `PeftModel` for none. So the `forward` and
+`generate` of its model classes, and transformers' `generate`, are wrapped: for a task-routed model the wrapper takes
+`task_ids` out of the call and enters the tuner's context with them; every other model passes straight through. The
+saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`. Wrapping keeps names
+and signatures, is marked, and is done once however often the package is imported or reloaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.peft_model import PeftModel
+from peft.utils import PeftType, register_peft_method
+from transformers import GenerationMixin
+
+from . import saving
+from .config import PolyConfig
+from .model import PolyModel
+from .tasks import generation
+
+__all__ = ["register"]
+
+MARK = "_peft_poly_wraps"
+NAME = "peft_poly"
+
+
+def register() -> None:
+    """Register the method and wrap PEFT's doors; calling it again, or after a reload, leaves one registration."""
+    peft_type = PeftType[NAME.upper()]
+    PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
+    PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type, None)
+    register_peft_method(name=NAME, config_cls=PolyConfig, model_cls=PolyModel, prefix=PolyModel.prefix)
+    for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
+        _wrap(cls, "forward", _routed)
+        _wrap(cls, "generate", _routed)
+    _wrap(GenerationMixin, "generate", _generating)
+    _wrap(PeftModel, "save_pretrained", _for_poly(saving.save_pretrained))
+    _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
+    _wrap(PeftModel, "create_or_update_model_card", _for_poly(saving.create_or_update_model_card))
+
+
+def _wrap(cls: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace a method of `cls` by `make(method)`; an earlier wrapper of ours is unwrapped first."""
+    if name not in vars(cls) and cls is not PeftModel:
+        return  # inherited, so wrapped where it is defined
+    method = getattr(cls, name)
+    method = getattr(method, MARK, method)
+    wrapper = make(method)
+    setattr(wrapper, MARK, method)
+    setattr(cls, name, wrapper)
+
+
+def _tuner(model: Any) -> PolyModel | None:
+    tuner = model._modules.get("base_model")
+    return tuner if isinstance(tuner, PolyModel) else None
+
+
+def _routed(method: Callable) -> Callable:
+    parameters = list(inspect.signature(method).parameters)
+    position = parameters.index("task_ids") - 1 if "task_ids" in parameters else None
+
+    @functools.wraps(method)
+    def wrapper(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        tuner = _tuner(self)
+        if tuner is None:
+            return method(self, *args, **kwargs)
+        task_ids = kwargs.pop("task_ids", None)
+        if position is not None and len(args) > position:
+            task_ids, args = args[position], (*args[:position], None, *args[position + 1 :])
+        with tuner.routed(args, kwargs, task_ids):
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _generating(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with generation():
+            return method(*args, **kwargs)
+
+    return wrapper
+
+
+def _for_poly(ours: Callable) -> Callable[[Callable], Callable]:
+    """`ours(method, model, ...)` for task-routed models, `method(model, ...)` for all others."""
+
+    def make(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def wrapper(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+            if _tuner(self) is None:
+                return method(self, *args, **kwargs)
+            return ours(functools.partial(method, self), self, *args, **kwargs)
+
+        return wrapper
+
+    return make

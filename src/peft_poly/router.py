@@ -1,0 +1,115 @@
+"""Routers: from task ids to mixing weights (Polytropon, arXiv 2202.13914, section 2.2; MHR, arXiv 2211.03831).
+
+    z = module_logits[task]                      (b, h * k), viewed as (b, h, k)
+    p = sigmoid((z + logit(u)) / temperature)    training with noise, u ~ U(0, 1): a relaxed Bernoulli
+    p = sigmoid(z)                               otherwise
+    w = p / (sum_k p + 1e-12)                    normalised inside each split
+
+Letters: b batch, t task, k skill, h split.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Optional
+
+import torch
+from torch import nn
+
+from .config import PolyConfig
+
+__all__ = ["PolyRouter", "Router", "get_router"]
+
+EPS = 1e-12
+
+
+def get_router(poly_config: PolyConfig) -> Router:
+    """The router that `poly_config.poly_type` names.
+
+    Raises:
+        ValueError: there is no router of that type.
+    """
+    if poly_config.poly_type == "poly":
+        return PolyRouter(poly_config)
+    raise ValueError(f"Unsupported poly_type {poly_config.poly_type!r}. Supported is: 'poly'.")
+
+
+def relaxed_bernoulli(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """A differentiable sample of a relaxed Bernoulli for each element of `logits`; same shape and dtype.
+
+    `u` is clamped to [eps, 1 - eps] as `torch.distributions` does, so that its logit is finite.
+    """
+    u = torch.rand_like(logits)
+    return torch.sigmoid((logits + torch.logit(u, eps=torch.finfo(u.dtype).eps)) / temperature)
+
+
+def normalise(p: torch.Tensor) -> torch.Tensor:
+    """Divide by the sum over the last axis (the skills): `w = p / (sum_k p + 1e-12)`; same shape."""
+    return p / (p.sum(dim=-1, keepdim=True) + EPS)
+
+
+class Router(nn.Module, ABC):
+    """Turns the tasks of a batch into mixing weights."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Draw the parameters anew."""
+
+    @abstractmethod
+    def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Mixing weights `(b, h, k)`, float32, rows summing to 1, for task ids `(b,)`."""
+
+
+class PolyRouter(Router):
+    """One learnable row of logits per task.
+
+    Attributes:
+        module_logits (`nn.Parameter`): `(n_tasks, n_splits * n_skills)`.
+    """
+
+    def __init__(self, poly_config: PolyConfig) -> None:
+        super().__init__()
+        self.poly_type = poly_config.poly_type
+        self.n_skills = poly_config.n_skills
+        self.n_splits = poly_config.n_splits
+        self.temperature = float(poly_config.router_temperature)
+        self.noise = poly_config.router_noise
+        self.module_logits = nn.Parameter(torch.empty(poly_config.n_tasks, self.n_splits * self.n_skills))
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of router rows."""
+        return self.module_logits.shape[0]
+
+    @property
+    def samples(self) -> bool:
+        """Whether each row of a batch gets a draw of its own: in training, unless the noise is off."""
+        return self.training and self.noise
+
+    def reset(self) -> None:
+        """Logits uniform in +-1e-3: every task starts from almost equal weights."""
+        nn.init.uniform_(self.module_logits, -1e-3, 1e-3)
+
+    def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Mixing weights of a batch.
+
+        Args:
+            task_ids (`torch.LongTensor`): `(b,)`. Checked once per forward before they come here, not in each router:
+                an id out of range fails in the embedding look-up, never wraps.
+            input_ids: ignored; there for PEFT's signature.
+
+        Returns:
+            `(b, n_splits, n_skills)`, float32: below that 1e-12 would underflow to 0 / 0.
+
+        Raises:
+            ValueError: `task_ids` is None.
+        """
+        if task_ids is None:
+            raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
+        logits = nn.functional.embedding(task_ids.reshape(-1).to(self.module_logits.device), self.module_logits)
+        logits = logits.view(-1, self.n_splits, self.n_skills).float()
+        return normalise(relaxed_bernoulli(logits, self.temperature) if self.samples else torch.sigmoid(logits))
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"n_tasks={self.n_tasks}, n_splits={self.n_splits}, n_skills={self.n_skills}"
