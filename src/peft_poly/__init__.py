@@ -10,9 +10,11 @@ compat.add_peft_type()
 
 from .config import PolyConfig  # noqa: E402
 from .layer import Linear, PolyLayer  # noqa: E402
-from .model import PolyModel, use_task  # noqa: E402
+from .model import PolyModel  # noqa: E402
 from .registration import register  # noqa: E402
 from .router import PolyRouter, Router, get_router  # noqa: E402
+from .training import create_poly_optimizer  # noqa: E402
+from .verbs import use_task  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,7 @@ __all__ = [
     "PolyModel",
     "PolyRouter",
     "Router",
+    "create_poly_optimizer",
     "get_router",
     "use_task",
 ]

@@ -12,6 +12,7 @@ For one task at eval this is exactly a LoRA of rank r, which is what merging res
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union, cast
@@ -148,13 +149,14 @@ class PolyLayer(BaseTunerLayer):
         else:
             B.copy_(_uniform_like_linear(B.transpose(2, 3)).transpose(2, 3))
         if reset_router:
-            self.poly_router[adapter_name].reset()
+            cast(Router, self.poly_router[adapter_name]).reset()
 
     def mixed_pair(self, adapter_name: str, task_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The low-rank pairs of tasks: `(b,) -> (b, in, r), (b, r, out)`, dtype of the adapter."""
         A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
         with torch.autocast(A.device.type, enabled=False):  # the mix is small, and 1e-12 needs float32
-            w = cast(Router, self.poly_router[adapter_name])(task_ids).to(A.device)
+            router: Any = self.poly_router[adapter_name]
+            w = router(task_ids).to(A.device)
             return mix_A(w, A), mix_B(w, B)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
@@ -287,6 +289,8 @@ class Linear(nn.Module, PolyLayer):
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, the last one first."""
+        if not self.merged:
+            warnings.warn("Already unmerged, nothing to do.")
         unmerge(self)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

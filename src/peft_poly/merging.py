@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional, Union
 
 import torch
@@ -40,12 +40,9 @@ def merge(layer: Linear, safe_merge: bool, adapter_names: Optional[list[str]], t
 
 
 @torch.no_grad()
-def unmerge(layer: Linear) -> None:
-    """`Linear.unmerge`."""
-    if not layer.merged:
-        warnings.warn("Already unmerged, nothing to do.")
-        return
-    while layer.merged_adapters:
+def unmerge(layer: Linear, keep: Sequence[str] = ()) -> None:
+    """Take merged adapters out of the base weight, the last one first, down to those in `keep`."""
+    while len(layer.merged_adapters) > len(keep):
         name = layer.merged_adapters.pop()
         if name in layer.poly_lora_A:
             weight = layer.get_base_weight()

@@ -1,29 +1,29 @@
-"""`PolyModel`: puts task-routed layers into a model, and the verbs on its tasks."""
+"""`PolyModel`: puts task-routed layers into a model, saves and loads them, and opens the context of each call."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Optional, Union, cast
+from contextlib import ExitStack, contextmanager
+from typing import Any, Optional
 
-import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
 from .config import PolyConfig
-from .layer import Linear, PolyLayer, evaluating, keep_requires_grad
-from .router import PolyRouter, Router, get_router
+from .layer import Linear, PolyLayer, keep_requires_grad
+from .router import Router, get_router
 from .sharing import router_group, shared_router_keys
 from .targets import check_architecture, check_target
-from .task_ids import TaskIds, resolve_task, rows_of_call
+from .task_ids import TaskIds, rows_of_call
 from .tasks import TaskContext, generation
+from .verbs import TaskVerbs, task_contexts
 
-__all__ = ["PolyModel", "use_task"]
+__all__ = ["PolyModel"]
 
 
-class PolyModel(BaseTuner):
+class PolyModel(TaskVerbs, BaseTuner):
     """Task-routed adapters (Polytropon, arXiv 2202.13914; MHR, arXiv 2211.03831) in a model.
 
     Made by `peft.get_peft_model(model, PolyConfig(...))`; its verbs are reached through the `PeftModel`.
@@ -139,6 +139,13 @@ class PolyModel(BaseTuner):
                     stack.enter_context(keep_requires_grad(layer, adapter_name))
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        for key, hook in list(model._forward_hooks.items()):
+            if _notes_tasks(hook):
+                del model._forward_hooks[key]
+        return model
+
     # -------------------------------------------------------------------------------------------------- checkpoints
     @classmethod
     def _get_adapter_state_dict(
@@ -201,109 +208,6 @@ class PolyModel(BaseTuner):
     def _enabled(self) -> bool:
         layer = next((m for m in self.modules() if isinstance(m, PolyLayer)), None)
         return layer is not None and not layer.disable_adapters
-
-    # ------------------------------------------------------------------------------------------------------- tasks
-    @property
-    def task_names(self) -> Optional[list[str]]:
-        """Names of the active adapter's tasks, by id; None if they have none."""
-        names = self._active_config.task_names
-        return None if names is None else list(names)
-
-    def task_id(self, task: Union[int, str]) -> int:
-        """Id of a task of the active adapter.
-
-        Raises:
-            ValueError: there is no such task.
-        """
-        return resolve_task(task, self._active_config, self.active_adapters[0])
-
-    def set_task(self, task: Optional[Union[int, str]]) -> None:
-        """Choose the task of all calls that say none, in every thread; None clears it.
-
-        Raises:
-            ValueError: an active adapter has no such task.
-        """
-        if task is not None:
-            if not isinstance(task, (int, str)) or isinstance(task, bool):
-                raise ValueError(
-                    f"`set_task` takes one id, one name or None, got {task!r}. For a batch of tasks pass `task_ids=` "
-                    "to the call, or use `with model.use_task(...)`."
-                )
-            self.task_context.resolve(task, self.active_adapters)
-        self.task_context.default = task
-
-    def use_task(self, task: Optional[TaskIds]) -> AbstractContextManager[None]:
-        """Context manager: the task, or the tasks of the rows, of calls in this thread that say none."""
-        return use_task(self, task)
-
-    @property
-    def _active_config(self) -> PolyConfig:
-        if not self.active_adapters:
-            raise ValueError("No adapter is active. Choose one with `set_adapter`.")
-        config = self.peft_config[self.active_adapters[0]]
-        assert isinstance(config, PolyConfig)
-        return config
-
-    @torch.no_grad()
-    def routing_weights(self, adapter_name: Optional[str] = None) -> dict[str, torch.Tensor]:
-        """Mixing weights of every task at eval, `{layer name: (n_tasks, n_splits, n_skills)}`, float32, detached."""
-        name = adapter_name or self.active_adapters[0]
-        if name not in self.peft_config:
-            raise ValueError(f"There is no adapter {name!r}. There are: {sorted(self.peft_config)}.")
-        weights = {}
-        for key, layer in self.model.named_modules():
-            if isinstance(layer, PolyLayer) and name in layer.poly_router:
-                router = cast(PolyRouter, layer.poly_router[name])
-                with evaluating(router):
-                    weights[key] = router(torch.arange(router.n_tasks, device=router.module_logits.device)).detach()
-        return weights
-
-
-def task_contexts(model: nn.Module) -> list[TaskContext]:
-    """The contexts of a model's task-routed layers: one, unless models that were adapted by themselves were joined."""
-    contexts = {id(m.task_context): m.task_context for m in model.modules() if isinstance(m, PolyLayer)}
-    return list(contexts.values())
-
-
-@contextmanager
-def use_task(model: nn.Module, task: Optional[TaskIds]) -> Iterator[None]:
-    """Choose the task, or the tasks of the rows, of all calls in this thread that say none.
-
-    Works for every model with task-routed layers: a `PeftModel`, and one that was given its adapter by
-    `peft.inject_adapter_in_model` or transformers' `model.add_adapter`.
-
-    Args:
-        model: the model.
-        task: one id or name for all rows, a list of them, or a LongTensor `(b,)`; None for none.
-
-    Raises:
-        ValueError: the model has no task-routed layer; an active adapter has no such task.
-
-    Example:
-
-    ```py
-    >>> import torch
-    >>> from peft import inject_adapter_in_model
-    >>> from peft_poly import PolyConfig, use_task
-    >>> config = PolyConfig(target_modules=["0"], task_names=["cat", "dog"])
-    >>> model = inject_adapter_in_model(config, torch.nn.Sequential(torch.nn.Linear(8, 2)))
-    >>> with use_task(model, ["dog", "cat"]):
-    ...     model(torch.randn(2, 8)).shape
-    torch.Size([2, 2])
-
-    ```
-    """
-    adapters: dict[int, tuple[TaskContext, dict[str, None]]] = {}
-    for layer in model.modules():
-        if isinstance(layer, PolyLayer):
-            _, active = adapters.setdefault(id(layer.task_context), (layer.task_context, {}))
-            active.update(dict.fromkeys(name for name in layer.active_adapters if name in layer.poly_lora_A))
-    if not adapters:
-        raise ValueError(f"{type(model).__name__} has no task-routed layer. Add an adapter with a PolyConfig first.")
-    with ExitStack() as stack:
-        for context, active in adapters.values():
-            stack.enter_context(context.use(None if task is None else context.resolve(task, active)))
-        yield
 
 
 def _notes_tasks(hook: Any) -> bool:

@@ -95,6 +95,7 @@ class TaskContext:
 
     def _forget(self) -> None:
         self._local = threading.local()
+        self._chosen: Union[int, str, dict[str, Union[int, str]], None] = None
         self._notes: dict[int, TaskBatch] = {}
         self._latest_note: Optional[TaskBatch] = None
 
@@ -148,7 +149,7 @@ class TaskContext:
         if self.default is not None:
             return self.resolve(self.default, adapters)
         for name in adapters:
-            if self.configs[name].n_tasks > 1:
+            if self.configs[name].n_tasks > 1 and name not in self.merged:
                 raise ValueError(no_task_message(self.configs[name], name))
         return None
 
@@ -160,6 +161,8 @@ class TaskContext:
         """
         config = self.configs[adapter_name]
         if task is None:
+            task = self._chosen.get(adapter_name) if isinstance(self._chosen, dict) else self._chosen
+        if task is None:
             task = self.default
         if task is None and config.n_tasks > 1:
             raise ValueError(
@@ -167,6 +170,15 @@ class TaskContext:
                 "choose one with `model.set_task(...)`."
             )
         return resolve_task(0 if task is None else task, config, adapter_name)
+
+    @contextmanager
+    def choosing(self, task: Union[int, str, dict[str, Union[int, str]], None]) -> Iterator[None]:
+        """For the time of a merge: the task of each adapter, or of all, that `one_task` answers with."""
+        before, self._chosen = self._chosen, task
+        try:
+            yield
+        finally:
+            self._chosen = before
 
     def has_one_task(self, adapter_name: str) -> bool:
         """Whether `one_task` needs no argument."""

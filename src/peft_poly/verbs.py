@@ -1,0 +1,287 @@
+"""The verbs on tasks that a task-routed model has: choose, look at, add, adapt, merge, export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union, cast
+
+import torch
+from torch import nn
+
+from . import adaptation, growth
+from .config import PolyConfig
+from .layer import Linear, PolyLayer, evaluating
+from .merging import unmerge
+from .router import PolyRouter
+from .task_ids import TaskIds, resolve_task
+from .tasks import TaskContext
+
+__all__ = ["TaskVerbs", "task_contexts", "use_task"]
+
+Task = Union[int, str]
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTuner as _Tuner
+else:
+    _Tuner = object
+
+
+class TaskVerbs(_Tuner):
+    """Mixin of `PolyModel`. Where a verb takes `adapter_name`, the default is the first active adapter."""
+
+    task_context: TaskContext
+
+    # ------------------------------------------------------------------------------------------------------ choose
+    @property
+    def task_names(self) -> Optional[list[str]]:
+        """Names of the active adapter's tasks, by id; None if they have none."""
+        names = self._poly_config().task_names
+        return None if names is None else list(names)
+
+    def task_id(self, task: Task) -> int:
+        """Id of a task of the active adapter.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        return resolve_task(task, self._poly_config(), self.active_adapters[0])
+
+    def set_task(self, task: Optional[Task]) -> None:
+        """Choose the task of all calls that say none, in every thread; None clears it.
+
+        Raises:
+            ValueError: an active adapter has no such task.
+        """
+        if task is not None:
+            if not isinstance(task, (int, str)) or isinstance(task, bool):
+                raise ValueError(
+                    f"`set_task` takes one id, one name or None, got {task!r}. For a batch of tasks pass `task_ids=` "
+                    "to the call, or use `with model.use_task(...)`."
+                )
+            self.task_context.resolve(task, self.active_adapters)
+        self.task_context.default = task
+
+    def use_task(self, task: Optional[TaskIds]) -> AbstractContextManager[None]:
+        """Context manager: the task, or the tasks of the rows, of calls in this thread that say none."""
+        return use_task(self, task)
+
+    # ----------------------------------------------------------------------------------------------------- look at
+    @torch.no_grad()
+    def routing_weights(self, adapter_name: Optional[str] = None) -> dict[str, torch.Tensor]:
+        """Mixing weights of every task at eval, `{layer name: (n_tasks, n_splits, n_skills)}`, float32, detached."""
+        weights = {}
+        for key, layer in self._poly_layers(adapter_name).items():
+            router = cast(PolyRouter, layer.poly_router[self._poly_name(adapter_name)])
+            with evaluating(router):
+                weights[key] = router(torch.arange(router.n_tasks, device=router.module_logits.device)).detach()
+        return weights
+
+    # ---------------------------------------------------------------------------------------------- grow and shrink
+    def add_tasks(
+        self, names: Union[Sequence[str], int], init: growth.Init = "mean", adapter_name: Optional[str] = None
+    ) -> list[int]:
+        """Append tasks: a router row each on every layer, and the config. What the model computes for the tasks it
+        had stays bit-equal.
+
+        The router's parameters are new objects: make the optimizer afterwards, or make it anew.
+
+        Args:
+            names: the new tasks' names; for an adapter whose tasks have no names, how many to add.
+            init: where the rows start: `"mean"` of the known tasks' logits, `"uniform"` weights, the name or id of a
+                task to copy, or `{task: weight}` for a weighted mean of their logits.
+            adapter_name: the adapter.
+
+        Returns:
+            The ids of the new tasks.
+
+        Raises:
+            ValueError: a name is taken, repeated or empty; `init` is unknown; the adapter is merged.
+        """
+        name = self._poly_name(adapter_name)
+        return growth.add_tasks(self._poly_config(name), name, self._poly_layers(name).values(), names, init)
+
+    def remove_tasks(self, tasks: Union[Task, Sequence[Task]], adapter_name: Optional[str] = None) -> None:
+        """Delete tasks, by name or id. The ids of the tasks behind them move up; names keep their meaning.
+
+        Raises:
+            ValueError: there is no such task; none would be left; it is the set task; the adapter is merged.
+        """
+        name = self._poly_name(adapter_name)
+        growth.remove_tasks(self._poly_config(name), name, self._poly_layers(name).values(), tasks)
+
+    def rename_task(self, old: Task, new: str, adapter_name: Optional[str] = None) -> None:
+        """Give a task another name.
+
+        Raises:
+            ValueError: there is no such task; the new name is taken or empty; the tasks have no names.
+        """
+        name = self._poly_name(adapter_name)
+        growth.rename_task(self._poly_config(name), name, self.task_context, old, new)
+
+    # --------------------------------------------------------------------------------------------- few-shot regimes
+    def train_router_only(self, adapter_name: Optional[str] = None) -> None:
+        """MHR-z: freeze the skills, train the router rows (arXiv 2211.03831). `modules_to_save` stay as they are."""
+        name = self._poly_name(adapter_name)
+        adaptation.train_router_only(self._poly_layers(name).values(), name)
+
+    def train_all(self, adapter_name: Optional[str] = None) -> None:
+        """Train skills and router rows; undoes `train_router_only`."""
+        name = self._poly_name(adapter_name)
+        adaptation.train_all(self._poly_layers(name).values(), name)
+
+    def average_skills(self, adapter_name: Optional[str] = None) -> None:
+        """MHR-mu: in place, one skill that is the mean of the inventory; the router is flat and frozen.
+
+        All tasks then share one LoRA. The parameters are new objects: make the optimizer afterwards.
+
+        Raises:
+            ValueError: the adapter is merged.
+        """
+        name = self._poly_name(adapter_name)
+        adaptation.average_skills(self._poly_config(name), self._poly_layers(name).values(), name)
+
+    # ------------------------------------------------------------------------------------------- merge and export
+    def merge_adapter(
+        self,
+        adapter_names: Optional[list[str]] = None,
+        safe_merge: bool = False,
+        task: Union[Task, dict[str, Task], None] = None,
+    ) -> None:
+        """Add what one task contributes to the base weights, which then run at the base model's speed.
+
+        Args:
+            adapter_names: adapters to merge. Default: the active ones.
+            safe_merge: check for NaN and infinity; if there are any, nothing is merged.
+            task: the task, by name or id, or `{adapter: task}`. Default: the set one, or the only one.
+
+        Raises:
+            ValueError: no task was chosen; an adapter is merged already; a weight would not be finite.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        with self.task_context.choosing(task):
+            for name in names:
+                self._check_can_merge(name)
+            layers = list(self._poly_layers(*names).values())
+            before = {id(layer): list(layer.merged_adapters) for layer in layers}
+            try:
+                super().merge_adapter(adapter_names=names, safe_merge=safe_merge)
+            except Exception:
+                for layer in layers:
+                    unmerge(layer, keep=before[id(layer)])
+                raise
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+        task: Union[Task, dict[str, Task], None] = None,
+    ) -> nn.Module:
+        """The base model with one task merged into it, and no adapter left; arguments as in `merge_adapter`.
+
+        Raises:
+            ValueError: as `merge_adapter`; or another task is merged already.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        with self.task_context.choosing(task):
+            for name in names:
+                merged = self.task_context.merged.get(name)
+                if merged is None:
+                    self._check_can_merge(name)
+                elif task is not None and self.task_context.one_task(name) != merged:
+                    raise ValueError(self._merged_message(name))
+            names = [name for name in names if name not in self.task_context.merged]
+            unload: Any = self._unload_and_optionally_merge  # typed as returning None
+            return unload(merge=bool(names), progressbar=progressbar, safe_merge=safe_merge, adapter_names=names)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` can be used: once the task is known, by `set_task` or as the only one."""
+        return all(layer.supports_lora_conversion(adapter_name) for layer in self._poly_layers(adapter_name).values())
+
+    def export_lora(
+        self, task: Optional[Task], save_directory: Union[str, Path], **kwargs: Any
+    ) -> Union[Path, dict[str, Path]]:
+        """Write one task as a plain PEFT LoRA with equal outputs, or all of them (None); see `peft_poly.export`."""
+        from .export import export_lora
+
+        return export_lora(self, task, save_directory, **kwargs)
+
+    # -------------------------------------------------------------------------------------------------- small print
+    def _poly_name(self, adapter_name: Optional[str] = None) -> str:
+        if adapter_name is None:
+            if not self.active_adapters:
+                raise ValueError("No adapter is active. Choose one with `set_adapter`.")
+            return self.active_adapters[0]
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"There is no adapter {adapter_name!r}. There are: {sorted(self.peft_config)}.")
+        return adapter_name
+
+    def _poly_config(self, adapter_name: Optional[str] = None) -> PolyConfig:
+        return cast(PolyConfig, self.peft_config[self._poly_name(adapter_name)])
+
+    def _poly_layers(self, *adapter_names: Optional[str]) -> dict[str, Linear]:
+        names = [self._poly_name(name) for name in adapter_names]
+        layers = {key: m for key, m in self.model.named_modules() if isinstance(m, Linear)}
+        return {key: layer for key, layer in layers.items() if any(name in layer.poly_lora_A for name in names)}
+
+    def _check_can_merge(self, name: str) -> None:
+        self._poly_name(name)
+        if name in self.task_context.merged:
+            raise ValueError(self._merged_message(name))
+        self.task_context.one_task(name)
+
+    def _merged_message(self, name: str) -> str:
+        task, names = self.task_context.merged[name], self._poly_config(name).task_names
+        return (
+            f"Adapter {name!r} is merged already, with task {names[task] if names else task!r}. Call "
+            "`unmerge_adapter()` first."
+        )
+
+
+def task_contexts(model: nn.Module) -> list[TaskContext]:
+    """The contexts of a model's task-routed layers: one, unless models that were adapted by themselves were joined."""
+    contexts = {id(m.task_context): m.task_context for m in model.modules() if isinstance(m, PolyLayer)}
+    return list(contexts.values())
+
+
+@contextmanager
+def use_task(model: nn.Module, task: Optional[TaskIds]) -> Iterator[None]:
+    """Choose the task, or the tasks of the rows, of all calls in this thread that say none.
+
+    Works for every model with task-routed layers: a `PeftModel`, and one that was given its adapter by
+    `peft.inject_adapter_in_model` or transformers' `model.add_adapter`.
+
+    Args:
+        model: the model.
+        task: one id or name for all rows, a list of them, or a LongTensor `(b,)`; None for none.
+
+    Raises:
+        ValueError: the model has no task-routed layer; an active adapter has no such task.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft import inject_adapter_in_model
+    >>> from peft_poly import PolyConfig, use_task
+    >>> config = PolyConfig(target_modules=["0"], task_names=["cat", "dog"])
+    >>> model = inject_adapter_in_model(config, torch.nn.Sequential(torch.nn.Linear(8, 2)))
+    >>> with use_task(model, ["dog", "cat"]):
+    ...     model(torch.randn(2, 8)).shape
+    torch.Size([2, 2])
+
+    ```
+    """
+    adapters: dict[int, tuple[TaskContext, dict[str, None]]] = {}
+    for layer in model.modules():
+        if isinstance(layer, PolyLayer):
+            _, active = adapters.setdefault(id(layer.task_context), (layer.task_context, {}))
+            active.update(dict.fromkeys(name for name in layer.active_adapters if name in layer.poly_lora_A))
+    if not adapters:
+        raise ValueError(f"{type(model).__name__} has no task-routed layer. Add an adapter with a PolyConfig first.")
+    with ExitStack() as stack:
+        for context, active in adapters.values():
+            stack.enter_context(context.use(None if task is None else context.resolve(task, active)))
+        yield
