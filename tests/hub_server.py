@@ -6,8 +6,8 @@
         assert "adapter_config.json" in hub.files("user/tiny")
 
 `huggingface_hub` reads both variables when it is imported, hence the subprocess. Tokens are not checked. Uploads are
-always "regular", their content inside the commit: no LFS, no xet. Whatever else the real Hub has (branches, pull
-requests, datasets) is a 404 that names the missing route.
+always "regular", their content inside the commit: no LFS, no xet. Whatever else the real Hub has (pull requests,
+tags, datasets) is a 404 that names the missing route.
 """
 
 from __future__ import annotations
@@ -40,11 +40,14 @@ class Commit(NamedTuple):
 class HubServer:
     """Model repos in memory, served at `url` while the `with` block lasts.
 
-    `repos` holds each repo's commits, oldest first; as on the Hub the first is of its creation (here without files).
+    `repos` holds each repo's commits on main, oldest first; as on the Hub the first is of its creation (here without
+    files). `branches` holds those of other branches, by repo and name; `private` the repos that are.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, list[Commit]] = {}
+        self.branches: dict[tuple[str, str], list[Commit]] = {}
+        self.private: set[str] = set()
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), partial(_Handler, self))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -75,19 +78,22 @@ class HubServer:
         return dict(self.at(repo, revision).files)
 
     def at(self, repo: str, revision: str = "main") -> Commit:
-        """The commit at `revision`, which is "main" or a full sha."""
+        """The commit at `revision`, which is "main", another branch or a full sha."""
         if repo not in self.repos:
             raise HubError(404, "Repository not found", {"X-Error-Code": "RepoNotFound"})
-        history = self.repos[repo]
-        found = history[-1:] if revision == "main" else [commit for commit in history if commit.sha == revision]
+        named = {"main": self.repos[repo]}
+        named |= {branch: history for (name, branch), history in self.branches.items() if name == repo}
+        if revision in named:
+            return named[revision][-1]
+        found = [commit for history in named.values() for commit in history if commit.sha == revision]
         if not found:
             raise HubError(404, f"Invalid rev id: {revision}", {"X-Error-Code": "RevisionNotFound"})
         return found[0]
 
-    def append(self, repo: str, message: str, files: dict[str, bytes]) -> Commit:
-        """Make `files` the new main of `repo`; the caller holds `lock`."""
-        history = self.repos.setdefault(repo, [])
-        state = len(history), message, [(path, blob_id(data)) for path, data in files.items()]
+    def append(self, repo: str, message: str, files: dict[str, bytes], branch: str = "main") -> Commit:
+        """Make `files` the new state of a branch of `repo`; the caller holds `lock`."""
+        history = self.repos.setdefault(repo, []) if branch == "main" else self.branches[repo, branch]
+        state = branch, len(history), message, [(path, blob_id(data)) for path, data in files.items()]
         sha = hashlib.sha1(repr(state).encode()).hexdigest()
         history.append(Commit(sha, message, files))
         return history[-1]
@@ -128,7 +134,18 @@ def create_repo(hub: HubServer, body: bytes) -> Reply:
     if repo in hub.repos:
         raise HubError(409, "You already created this model repo", url=url)
     hub.append(repo, "initial commit", {})
+    if wanted.get("private") or wanted.get("visibility") == "private":
+        hub.private.add(repo)
     return Reply({"url": url, "id": repo, "name": repo})
+
+
+def create_branch(hub: HubServer, body: bytes, repo: str, branch: str) -> Reply:
+    """A branch with the history of main; one that exists is refused with the 409 that `exist_ok=True` forgives."""
+    if (repo, branch) in hub.branches or branch == "main":
+        raise HubError(409, "Reference already exists")
+    hub.at(repo)  # refuses a repo that does not exist
+    hub.branches[repo, branch] = hub.commits(repo)
+    return Reply({})
 
 
 def preupload(hub: HubServer, body: bytes, repo: str, rev: str) -> Reply:
@@ -139,9 +156,9 @@ def preupload(hub: HubServer, body: bytes, repo: str, rev: str) -> Reply:
     return Reply({"files": [{"path": path, "oid": oids.get(path), **how} for path in paths]})
 
 
-def commit(hub: HubServer, body: bytes, repo: str) -> Reply:
-    """One JSON object a line: a header, then the files added or deleted."""
-    files, message = hub.files(repo), ""
+def commit(hub: HubServer, body: bytes, repo: str, rev: str) -> Reply:
+    """One JSON object a line: a header, then the files added or deleted. `rev` is a branch."""
+    files, message = hub.files(repo, rev), ""
     for item in map(json.loads, body.splitlines()):
         match item:
             case {"key": "header", "value": {"summary": message}}:
@@ -154,7 +171,7 @@ def commit(hub: HubServer, body: bytes, repo: str) -> Reply:
                 raise HubError(404, "A file with this name doesn't exist", {"X-Error-Code": "EntryNotFound"})
             case _:
                 raise HubError(400, f"HubServer cannot commit a {item['key']}")
-    sha = hub.append(repo, message, files).sha
+    sha = hub.append(repo, message, files, rev).sha
     return Reply({"success": True, "commitOid": sha, "commitUrl": f"{hub.url}/{repo}/commit/{sha}", "hookOutput": ""})
 
 
@@ -162,7 +179,8 @@ def model_info(hub: HubServer, body: bytes, repo: str, rev: str) -> Reply:
     """Chiefly the sha that `rev` stands for."""
     sha, _, files = hub.at(repo, rev)
     siblings = [{"rfilename": path} for path in sorted(files)]
-    return Reply({"id": repo, "sha": sha, "siblings": siblings, "tags": [], "private": False, "gated": False})
+    private = repo in hub.private
+    return Reply({"id": repo, "sha": sha, "siblings": siblings, "tags": [], "private": private, "gated": False})
 
 
 def tree(hub: HubServer, body: bytes, repo: str, rev: str) -> Reply:
@@ -184,7 +202,8 @@ ROUTES: dict[str, Callable[..., Reply]] = {
     "POST /api/repos/create": create_repo,
     "POST /api/validate-yaml": lambda hub, body: Reply({"errors": [], "warnings": []}),
     f"POST /api/models/{REPO}/preupload/{REV}": preupload,
-    f"POST /api/models/{REPO}/commit/main": commit,
+    f"POST /api/models/{REPO}/branch/(?P<branch>[^/?]+)": create_branch,
+    f"POST /api/models/{REPO}/commit/{REV}": commit,
     f"GET /api/models/{REPO}(?:/revision/{REV})?": model_info,
     rf"GET /api/models/{REPO}/tree/{REV}\?recursive=true&expand=false": tree,
     f"(?:GET|HEAD) /{REPO}/resolve/{REV}/(?P<path>[^?]+)": resolve,

@@ -20,14 +20,19 @@ ROUTER = ("poly_router",)
 
 def train_router_only(layers: Iterable[PolyLayer], adapter_name: str) -> None:
     """MHR-z: the router learns, the skills do not, until `train_all`; `set_adapter` does not thaw them."""
+    layers = list(layers)
+    if all(layer.n_skills[adapter_name] == 1 for layer in layers):
+        raise ValueError(
+            f"Adapter {adapter_name!r} has one skill, so its router has nothing to learn. Train it with `train_all()`."
+        )
     for layer in layers:
         _train(layer, adapter_name, frozen=SKILLS)
 
 
 def train_all(layers: Iterable[PolyLayer], adapter_name: str) -> None:
-    """Skills and router learn."""
+    """Skills and router learn; where there is one skill, the router has nothing to learn."""
     for layer in layers:
-        _train(layer, adapter_name, frozen=())
+        _train(layer, adapter_name, frozen=() if layer.n_skills[adapter_name] > 1 else ROUTER)
 
 
 @torch.no_grad()
@@ -54,5 +59,6 @@ def average_skills(config: PolyConfig, layers: Iterable[PolyLayer], adapter_name
 
 def _train(layer: PolyLayer, adapter_name: str, frozen: tuple[str, ...]) -> None:
     layer.frozen_peft_weight_names[adapter_name] = frozen
+    on = adapter_name in layer.active_adapters and not layer.disable_adapters  # else once `set_adapter` turns it on
     for name in (*SKILLS, *ROUTER):
-        getattr(layer, name)[adapter_name].requires_grad_(name not in frozen)
+        getattr(layer, name)[adapter_name].requires_grad_(on and name not in frozen)

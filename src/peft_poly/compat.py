@@ -14,7 +14,14 @@ PEFT_VERSIONS = "peft>=0.21.0,<0.22"
 # Every PEFT name, public or not, that this package imports, overrides or wraps.
 FOOTING = {
     "peft.config": ("PeftConfig",),
-    "peft": ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING",),
+    "peft": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "LoraConfig",
+        "PolyConfig",
+        "get_peft_model_state_dict",
+        "load_peft_weights",
+        "set_peft_model_state_dict",
+    ),
     "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"),
     "peft.peft_model": (
         "PeftModel.forward",
@@ -39,10 +46,16 @@ FOOTING = {
         "BaseTunerLayer.set_base_weight",
         "_get_in_out_features",
         "check_adapters_to_merge",
+        "check_target_module_exists",
+        "onload_layer",
     ),
+    "peft.tuners.lora": ("LoraLayer",),
+    "peft.utils.other": ("AuxiliaryTrainingWrapper",),
     "peft.utils": (
         "PeftType",
+        "SAFETENSORS_WEIGHTS_NAME",
         "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+        "WEIGHTS_NAME",
         "get_quantization_kwargs",
         "quantization_extra_repr",
         "register_peft_method",

@@ -108,12 +108,11 @@ class PolyConfig(PeftConfig):
         self._check_choices()
 
     def _check_targets(self) -> None:
-        by_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         for name in ("layers_to_transform", "layers_pattern"):
-            if by_regex and getattr(self, name) is not None:
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(
-                    f"`{name}` cannot be used when `target_modules` is a regular expression "
-                    f"({self.target_modules!r}). Pass a list of names, or say it all in the expression."
+                    f"`{name}` cannot be used when `target_modules` is a regular expression or 'all-linear', got "
+                    f"{self.target_modules!r}. Pass a list of names, or say it all in the expression."
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`, the indices of the blocks to adapt.")

@@ -58,7 +58,8 @@ def remove_tasks(
         raise ValueError(
             f"Removing {listed!r} would leave adapter {adapter_name!r} without a task. Use `delete_adapter` instead."
         )
-    contexts = {id(layer.task_context): layer.task_context for layer in layers}.values()
+    active = [layer for layer in layers if adapter_name in layer.active_adapters]  # the set task is one of theirs
+    contexts = {id(layer.task_context): layer.task_context for layer in active}.values()
     defaults = [_default_after(context, config, adapter_name, kept) for context in contexts]
     for context, default in zip(contexts, defaults, strict=True):
         context.default = default
@@ -67,7 +68,7 @@ def remove_tasks(
     _replace_rows(config, adapter_name, layers, len(kept), lambda logits: logits[kept].clone())
 
 
-def rename_task(config: PolyConfig, adapter_name: str, context: TaskContext, old: Task, new: str) -> None:
+def rename_task(config: PolyConfig, adapter_name: str, context: TaskContext | None, old: Task, new: str) -> None:
     """See `PolyModel.rename_task`."""
     if config.task_names is None:
         raise ValueError(f"The tasks of adapter {adapter_name!r} have no names, so none can be changed.")
@@ -76,7 +77,7 @@ def rename_task(config: PolyConfig, adapter_name: str, context: TaskContext, old
     previous, names[task] = names[task], new
     check_task_names(names)
     config.task_names = names
-    if context.default == previous:
+    if context is not None and context.default == previous:
         context.default = new
 
 
@@ -94,7 +95,7 @@ def init_weights(init: Init, config: PolyConfig, adapter_name: str) -> torch.Ten
     if not isinstance(init, (dict, str, int)) or isinstance(init, bool):
         raise ValueError(f"`init` must be 'mean', 'uniform', a task, or {{task: weight}}, got {init!r}.")
     for task, weight in (init if isinstance(init, dict) else {init: 1.0}).items():
-        if not math.isfinite(weight) or weight < 0:
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
             raise ValueError(f"The weight of task {task!r} in `init` must be a number from 0 up, got {weight!r}.")
         weights[resolve_task(task, config, adapter_name)] += weight
     if not weights.sum() > 0:

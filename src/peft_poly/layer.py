@@ -18,14 +18,15 @@ from contextlib import contextmanager
 from typing import Any, Optional, Union, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, onload_layer
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import PolyConfig
 from .merging import merge, unmerge
-from .mixing import low_rank_update, mix_A, mix_B
+from .mixing import mix_A, mix_B
+from .paths import choose_path
 from .router import Router, get_router
 from .task_ids import TaskIds
 from .tasks import TaskContext
@@ -80,6 +81,8 @@ class PolyLayer(BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
+        if not is_linear(base, self.quantization_backend):
+            raise TypeError(f"{type(base).__name__} cannot be adapted: it is no linear layer.")
         self.fan_in_fan_out = isinstance(base, Conv1D)
         sizes: Any = _get_in_out_features(base)
         self.in_features: int = sizes[0]
@@ -112,7 +115,7 @@ class PolyLayer(BaseTunerLayer):
                     f"divisor of both {self.in_features} and {self.out_features}, or leave the layer out with "
                     "`exclude_modules`."
                 )
-        self.task_context.configs.setdefault(adapter_name, config)
+        self.task_context.configs[adapter_name] = config
         h, k = config.n_splits, config.n_skills
         self.r[adapter_name] = config.r
         self.n_tasks[adapter_name] = config.n_tasks
@@ -158,6 +161,13 @@ class PolyLayer(BaseTunerLayer):
             router: Any = self.poly_router[adapter_name]
             w = router(task_ids).to(A.device)
             return mix_A(w, A), mix_B(w, B)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters; disabling takes merged ones out of the weight at once."""
+        if not enabled and self.merged:
+            with onload_layer(self):
+                self.unmerge()
+        super().enable_adapters(enabled)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
         with keep_requires_grad(self, adapter_name):
@@ -228,25 +238,16 @@ class Linear(nn.Module, PolyLayer):
         Raises:
             ValueError: no task is known, or the ids do not fit the rows.
         """
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
+        if self.merged_adapters and task_ids is not None:
+            self.task_context.resolve(task_ids, self.merged_adapters)  # raises for another task than the merged
         active = [name for name in self.active_adapters if name in self.poly_lora_A]
-        if not active:
-            return result
-        dtype, n_rows = result.dtype, x.shape[0] if x.dim() > 1 else 1
-        context = self.task_context
-        batch = context.of_call(task_ids, active, None if task_ids is None else n_rows)
-        for name in active:
-            ids = torch.zeros(1, dtype=torch.long) if batch is None else batch.rows(name, n_rows, self.layer_name)
-            if ids.shape[0] == 1 and self.poly_router[name].samples:
-                ids = ids.expand(n_rows)
-            A, B = self.mixed_pair(name, ids.to(x.device, non_blocking=True))
-            adapted = self.poly_dropout[name](self._cast_input_dtype(x, A.dtype))
-            result = result + low_rank_update(adapted, A, B, self.scaling[name])
-        return result.to(dtype)
+        if self._disable_adapters or self.merged_adapters or not active:
+            return self.base_layer(x, *args, **kwargs)
+        n_rows = x.shape[0] if x.dim() > 1 else 1
+        batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
+        return choose_path(self, x, active)(self, x, active, batch, n_rows, args, kwargs)
 
     def get_delta_weight(self, adapter: str, task: Union[int, str, None] = None) -> torch.Tensor:
         """What a task adds to the base weight, in its layout, `(out, in)` or `(in, out)` for Conv1D.
@@ -335,6 +336,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
+
+
+def is_linear(base: nn.Module, backend: Any) -> bool:
+    """Whether a layer, with PEFT's quantisation backend for it or None, is one that can be adapted."""
+    return isinstance(base, (nn.Linear, Conv1D)) or getattr(backend, "layer_type", None) == "linear"
 
 
 def _first_parameter(item: nn.Module | nn.Parameter) -> nn.Parameter:

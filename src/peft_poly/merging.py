@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional, Union
 
 import torch
@@ -11,40 +10,76 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 if TYPE_CHECKING:
     from .layer import Linear
 
-__all__ = ["merge", "unmerge"]
+__all__ = ["merge", "merged_weight", "unmerge"]
 
 
 @torch.no_grad()
 def merge(layer: Linear, safe_merge: bool, adapter_names: Optional[list[str]], task: Union[int, str, None]) -> None:
     """`Linear.merge`; with `safe_merge` a layer keeps its weight if the result would not be finite."""
-    backend = layer.quantization_backend
-    for name in check_adapters_to_merge(layer, adapter_names):
-        if name not in layer.poly_lora_A:
-            continue
-        task_id = layer.task_context.one_task(name, task)
-        if backend is not None and not backend.supports_merge:
-            raise ValueError(
-                f"The {backend.backend_name} quantised layer {layer.layer_name} cannot be merged into. Merge into the "
-                "unquantised base model instead."
-            )
-        weight = layer.get_base_weight()
-        merged = weight + layer.get_delta_weight(name, task_id).to(weight)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"The merged weight of {layer.layer_name} is not finite: adapter {name!r} (or the base weight) holds "
-                "NaN or infinity. Nothing was merged into this layer."
-            )
-        layer.set_base_weight(merged)
-        layer.merged_adapters.append(name)
-        layer.merged_tasks[name] = layer.task_context.merged[name] = task_id
+    names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.poly_lora_A]
+    tasks = {name: layer.task_context.one_task(name, task) for name in names}
+    if not tasks:
+        return
+    layer.set_base_weight(merged_weight(layer, tasks, safe_merge))
+    layer.merged_adapters.extend(tasks)
+    layer.merged_tasks.update(tasks)
+    layer.task_context.merged.update(tasks)
 
 
 @torch.no_grad()
-def unmerge(layer: Linear, keep: Sequence[str] = ()) -> None:
-    """Take merged adapters out of the base weight, the last one first, down to those in `keep`."""
-    while len(layer.merged_adapters) > len(keep):
-        name = layer.merged_adapters.pop()
+def merged_weight(layer: Linear, tasks: dict[str, int], finite: bool) -> torch.Tensor:
+    """The base weight with one task of each adapter added, in the weight's layout and dtype; the layer stays as it is.
+
+    Args:
+        layer: the layer.
+        tasks: the task's id, by adapter.
+        finite: check for NaN and infinity.
+
+    Raises:
+        ValueError: the weight would not be finite; the quantised layer cannot be merged into.
+    """
+    backend = layer.quantization_backend
+    if backend is not None and not backend.supports_merge:
+        raise ValueError(
+            f"The {backend.backend_name} quantised layer {layer.layer_name} cannot be merged into. Merge into the "
+            "unquantised base model instead."
+        )
+    weight = _base_weight(layer)
+    for name, task_id in tasks.items():
+        weight = _plus(weight, layer.get_delta_weight(name, task_id))
+        if finite and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"The merged weight of {layer.layer_name} is not finite: adapter {name!r} (or the base weight) holds "
+                "NaN or infinity. Nothing was merged."
+            )
+    return weight
+
+
+@torch.no_grad()
+def unmerge(layer: Linear) -> None:
+    """Take all merged adapters out of the base weight, the last one first."""
+    while layer.merged_adapters:
+        name = layer.merged_adapters[-1]
         if name in layer.poly_lora_A:
-            weight = layer.get_base_weight()
-            layer.set_base_weight(weight - layer.get_delta_weight(name, layer.merged_tasks.pop(name)).to(weight))
+            delta = layer.get_delta_weight(name, layer.merged_tasks[name])
+            layer.set_base_weight(_plus(_base_weight(layer), -delta))
+            del layer.merged_tasks[name]
             layer.task_context.merged.pop(name, None)
+        layer.merged_adapters.pop()
+
+
+def _base_weight(layer: Linear) -> torch.Tensor:
+    """The weight of the base layer, dequantised; an error where bitsandbytes has put it out of PEFT's reach."""
+    state = getattr(layer.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"The 4-bit weight of {layer.layer_name} cannot be read any more: on this CPU bitsandbytes repacks it in "
+            "the first call in eval mode. Set `support_avx512bf16_for_cpu = False` on every Linear4bit after loading "
+            "the base model, or merge before the first call."
+        )
+    return layer.get_base_weight()
+
+
+def _plus(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """The sum in the dtype of `weight`, rounded once."""
+    return (weight + delta.to(weight.device)).to(weight.dtype)

@@ -1,46 +1,138 @@
 """Mixing of skills and low-rank updates: pure functions of tensors.
 
-    A: (h, k, d, r) ──w──▶ A_t: (b, in, r)        in  = h * d        x: (b, ..., in)
-    B: (h, k, r, o) ──w──▶ B_t: (b, r, out)       out = h * o        y = (x A_t) B_t
+    A: (h, k, d, r) ──w──▶ A_t: (g, in, r)        in  = h * d        x: (b, ..., in)
+    B: (h, k, r, o) ──w──▶ B_t: (g, r, out)       out = h * o        y = (x A_t) B_t * scale
 
-Letters: b batch, k skill, h split, d in-features of a split, o out-features of a split, r rank.
-A mixed pair of leading size 1 serves every row.
+Letters: b rows of the batch, g mixed pairs, m tokens of a pair, k skill, h split, d in-features of a split, o
+out-features of a split, r rank.
+
+What is cheap, and why `add_update` chooses as it does:
+
+- **Mix the parameters, once per distinct task.** A mixed pair costs `k (in + out) r` multiplications, whatever the
+  number of rows and tokens; mixing the outputs of all skills instead costs k times the update itself for every token,
+  and its many small tensors cost more still on few tokens.
+- **One pair, or rows in equal runs of one task each**: nothing is moved, the input is only viewed as `(g, m, in)`.
+- **Rows of several tasks in any order**: either each row gets a mixed pair, `b (in + out) r` numbers, or the rows are
+  brought together by task, `n g l (in + out)` numbers, where a group has up to n rows of l tokens. With few tokens
+  (decoding) the second is far less; with many the first, and then the pairs are mixed for the rows at once, which costs
+  no more than copying them would. Neither outlives the call.
+- **Orientation**: `(A^T x^T)` is a wide and short product where `x A` is a tall and thin one, which BLAS on a CPU runs
+  two to four times slower for r < 16. With few tokens there is no difference, and `x A` needs no transposed operand.
+- **The scale** rides as `alpha` on the product that adds to `y`.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["low_rank_update", "mix_A", "mix_B"]
+from .grouping import Rows
+
+__all__ = [
+    "add_expanded",
+    "add_update",
+    "cheaper_together",
+    "in_runs",
+    "low_rank_update",
+    "mix_A",
+    "mix_B",
+    "reduce_tokens",
+]
+
+FEW_TOKENS = 16  # below: x A; from here on: A^T x^T
 
 
 def mix_A(w: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """`A_t[(h, d), r] = sum_k w[h, k] A[h, k, d, r]`: `(b, h, k), (h, k, d, r) -> (b, h * d, r)`, dtype of A."""
+    """`A_t[(h, d), r] = sum_k w[h, k] A[h, k, d, r]`: `(g, h, k), (h, k, d, r) -> (g, h * d, r)`, dtype of A."""
     h, k, d, r = A.shape
     mixed = torch.bmm(w.to(A.dtype).transpose(0, 1), A.reshape(h, k, d * r))
     return mixed.transpose(0, 1).reshape(-1, h * d, r)
 
 
 def mix_B(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """`B_t[r, (h, o)] = sum_k w[h, k] B[h, k, r, o]`: `(b, h, k), (h, k, r, o) -> (b, r, h * o)`, dtype of B."""
+    """`B_t[r, (h, o)] = sum_k w[h, k] B[h, k, r, o]`: `(g, h, k), (h, k, r, o) -> (g, r, h * o)`, dtype of B."""
     h, k, r, o = B.shape
     mixed = torch.bmm(w.to(B.dtype).transpose(0, 1), B.reshape(h, k, r * o))
     return mixed.view(h, -1, r, o).permute(1, 2, 0, 3).reshape(-1, r, h * o)
 
 
 def low_rank_update(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * (x A) B` for each row with its own pair, or for all rows with one.
+    """`scale * (x A) B`, differentiable, in plain operations that a compiler can fuse.
 
     Args:
         x: `(b, ..., in)`.
-        A: `(b, in, r)` or `(1, in, r)`.
-        B: `(b, r, out)` or `(1, r, out)`.
-        scale: a plain number; applied to the small `(b, ..., r)` operand.
+        A: `(g, in, r)`, g equal runs of rows.
+        B: `(g, r, out)`.
+        scale: a plain number.
 
     Returns:
         `(b, ..., out)`.
     """
-    if A.shape[0] == 1:  # one task: a plain LoRA, two matrix products over all tokens
+    if A.shape[0] == 1:
         return torch.matmul(torch.matmul(x, A[0]) * scale, B[0])
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    return torch.bmm(torch.bmm(rows, A) * scale, B).view(*x.shape[:-1], B.shape[-1])
+    return torch.bmm(torch.bmm(in_runs(x, A.shape[0]), A) * scale, B).view(*x.shape[:-1], B.shape[-1])
+
+
+def add_update(
+    y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, rows: Rows, owned: bool
+) -> torch.Tensor:
+    """`y + scale * (x A_t) B_t`, without autograd.
+
+    Args:
+        y: `(b, ..., out)`, the base layer's output.
+        x: `(b, ..., in)`, dtype of A.
+        A: `(g, in, r)`, the mixed pairs.
+        B: `(g, r, out)`.
+        scale: a plain number.
+        rows: which pair each row has.
+        owned: nobody else holds `y`, so that it can be added to in place.
+
+    Returns:
+        `(b, ..., out)`, dtype of `y`; `y` itself if `owned`.
+    """
+    if rows.index is None:
+        return _add_in_runs(y, x, A, B, scale, owned)
+    if rows.padded is not None and rows.place is not None and cheaper_together(rows, x, A.shape[-1]):
+        together = x.index_select(0, rows.padded).view(A.shape[0], -1, x.shape[-1])
+        update = torch.bmm(torch.bmm(together, A), B).view(len(rows.padded), *y.shape[1:])
+        return _add(y, update.index_select(0, rows.place), scale, owned)
+    return _add_in_runs(y, x, A.index_select(0, rows.index), B.index_select(0, rows.index), scale, owned)
+
+
+def cheaper_together(rows: Rows, x: torch.Tensor, r: int) -> bool:
+    """Whether bringing rows together by task moves fewer numbers than a mixed pair for each row would be."""
+    return rows.padded is not None and len(rows.padded) * x.shape[1:-1].numel() < x.shape[0] * r
+
+
+def _add_in_runs(
+    y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, owned: bool
+) -> torch.Tensor:
+    return add_expanded(y, reduce_tokens(in_runs(x, A.shape[0]), A), B, scale, owned)
+
+
+def in_runs(x: torch.Tensor, g: int) -> torch.Tensor:
+    """`(b, ..., n) -> (g, m, n)`, g equal runs of rows; a view where x is contiguous."""
+    return x.reshape(g, x.shape[:-1].numel() // max(g, 1), x.shape[-1])
+
+
+def reduce_tokens(tokens: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """`u = x A`: `(g, m, in), (g, in, r) -> (g, m, r)`, in the orientation that is fast for its size."""
+    if tokens.shape[1] >= FEW_TOKENS:
+        return torch.bmm(A.transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(tokens, A) if A.shape[0] > 1 else torch.mm(tokens[0], A[0]).unsqueeze(0)
+
+
+def add_expanded(y: torch.Tensor, u: torch.Tensor, B: torch.Tensor, scale: float, owned: bool) -> torch.Tensor:
+    """`y + scale * u B`: `(b, ..., out), (g, m, r), (g, r, out) -> (b, ..., out)`, dtype of `y`; in place if owned."""
+    if y.dtype != B.dtype:
+        return _add(y, torch.bmm(u, B).view(y.shape), scale, owned)
+    out = in_runs(y, B.shape[0])
+    if B.shape[0] == 1:  # a plain product has less overhead than a batch of one
+        out, u, B = out[0], u[0], B[0]
+        added = out.addmm_(u, B, alpha=scale) if owned else torch.addmm(out, u, B, alpha=scale)
+    else:
+        added = out.baddbmm_(u, B, alpha=scale) if owned else torch.baddbmm(out, u, B, alpha=scale)
+    return y if owned else added.view(y.shape)
+
+
+def _add(y: torch.Tensor, update: torch.Tensor, scale: float, owned: bool) -> torch.Tensor:
+    return y.add_(update, alpha=scale) if owned else torch.add(y, update, alpha=scale).to(y.dtype)

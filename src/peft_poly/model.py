@@ -67,16 +67,20 @@ class PolyModel(TaskVerbs, BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection; one that fails leaves the model as it was."""
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
+        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self._take_back(adapter_name)
+            for parameter, flag in trainable.items():
+                parameter.requires_grad_(flag)
             raise
         finally:
             del self._routers
 
     def _take_back(self, adapter_name: str) -> None:
         """Remove what a failed injection had put in, so that the model is as it was before."""
+        self.peft_config.pop(adapter_name, None)
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, PolyLayer) and adapter_name in layer._all_available_adapter_names():
                 active = [other for other in layer.active_adapters if other != adapter_name]
@@ -197,10 +201,10 @@ class PolyModel(TaskVerbs, BaseTuner):
         if not active or not self._enabled:
             yield
             return
-        n_rows, repeats = (None, 1) if task_ids is None else rows_of_call(args, kwargs)
-        batch = self.task_context.of_call(task_ids, active, n_rows)
+        n_rows, repeats = rows_of_call(args, kwargs)
+        batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
         if repeats > 1 and batch is not None:
-            batch = batch.repeat(repeats)
+            batch = batch.repeat(n_rows, repeats)
         with self.task_context.use(batch):
             yield
 

@@ -59,7 +59,7 @@ def _wrap(cls: Any, name: str, make: Callable[[Callable], Callable]) -> None:
 
 def _tuner(model: Any) -> PolyModel | None:
     tuner = model._modules.get("base_model")
-    return tuner if isinstance(tuner, PolyModel) else None
+    return tuner if hasattr(type(tuner), "routed") else None  # not by the class, which a reload replaces
 
 
 def _routed(method: Callable) -> Callable:

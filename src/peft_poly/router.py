@@ -39,8 +39,38 @@ def relaxed_bernoulli(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
     `u` is clamped to [eps, 1 - eps] as `torch.distributions` does, so that its logit is finite.
     """
-    u = torch.rand_like(logits)
-    return torch.sigmoid((logits + torch.logit(u, eps=torch.finfo(u.dtype).eps)) / temperature)
+    return torch.sigmoid((logits + logistic_noise(logits)) / temperature)
+
+
+def logistic_noise(like: torch.Tensor) -> torch.Tensor:
+    """`logit(u)`, u ~ U(0, 1): the noise of a relaxed Bernoulli, of the shape, dtype and device of `like`."""
+    u = torch.rand_like(like)
+    return torch.logit(u, eps=torch.finfo(u.dtype).eps)
+
+
+def route(
+    logits: torch.Tensor,
+    tasks: torch.Tensor,
+    noise: Optional[torch.Tensor],
+    temperature: float,
+    n_splits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixing weights and the p before normalising.
+
+    Args:
+        logits: `(t, h * k)`.
+        tasks: LongTensor `(g,)`.
+        noise: `(g, h, k)`, or None for the sigmoid.
+        temperature: of the relaxed Bernoulli.
+        n_splits: h.
+
+    Returns:
+        Two tensors `(g, h, k)`, at least float32: below that 1e-12 would underflow to 0 / 0.
+    """
+    z = nn.functional.embedding(tasks, logits).view(len(tasks), n_splits, logits.shape[1] // n_splits)
+    z = z if z.dtype == torch.float64 else z.float()
+    p = torch.sigmoid(z if noise is None else (z + noise) / temperature)
+    return normalise(p), p
 
 
 def normalise(p: torch.Tensor) -> torch.Tensor:
@@ -99,16 +129,23 @@ class PolyRouter(Router):
             input_ids: ignored; there for PEFT's signature.
 
         Returns:
-            `(b, n_splits, n_skills)`, float32: below that 1e-12 would underflow to 0 / 0.
+            `(b, n_splits, n_skills)`, at least float32.
 
         Raises:
             ValueError: `task_ids` is None.
         """
         if task_ids is None:
             raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
-        logits = nn.functional.embedding(task_ids.reshape(-1).to(self.module_logits.device), self.module_logits)
-        logits = logits.view(-1, self.n_splits, self.n_skills).float()
-        return normalise(relaxed_bernoulli(logits, self.temperature) if self.samples else torch.sigmoid(logits))
+        tasks = task_ids.reshape(-1).to(self.module_logits.device)
+        return route(self.module_logits, tasks, self.noise_for(tasks), self.temperature, self.n_splits)[0]
+
+    def noise_for(self, tasks: torch.Tensor) -> Optional[torch.Tensor]:
+        """Noise for one draw per entry of `tasks`, `(g, h, k)`; None if this router does not sample now."""
+        if not self.samples:
+            return None
+        dtype = torch.promote_types(self.module_logits.dtype, torch.float32)
+        shape = (len(tasks), self.n_splits, self.n_skills)
+        return logistic_noise(torch.empty(shape, dtype=dtype, device=self.module_logits.device))
 
     def extra_repr(self) -> str:
         """The sizes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import shutil
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.peft_model import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
 
 from .config import PolyConfig
@@ -23,6 +23,7 @@ __all__ = ["create_or_update_model_card", "push_to_hub", "save_pretrained"]
 CARD = "README.md"
 BEGIN, END = "<!-- peft-poly: begin, written anew at each save -->", "<!-- peft-poly: end -->"
 TAGS = ("multi-task", "peft-poly", "polytropon")
+OTHER_FORMAT = {SAFETENSORS_WEIGHTS_NAME: WEIGHTS_NAME, WEIGHTS_NAME: SAFETENSORS_WEIGHTS_NAME}
 MOST_TASKS = 50  # tasks listed in a card
 
 
@@ -43,12 +44,41 @@ def save_pretrained(original: Callable, model: PeftModel, save_directory: str, *
         if (target / CARD).exists():
             shutil.copy(target / CARD, staging / CARD)
         original(str(staging), *args, **kwargs)
-        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-            place = target / file.relative_to(staging)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, place)
+        _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Move the new files into place; if one of them cannot be moved, all that was there is put back."""
+    files = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
+    before = Path(tempfile.mkdtemp(dir=staging))
+    begun: list[Path] = []
+    try:
+        for file in files:
+            for folder in (before, target):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            if (target / file).exists():
+                _link(target / file, before / file)
+            begun.append(file)
+            os.replace(staging / file, target / file)
+    except BaseException:
+        for file in begun:
+            if (before / file).exists():
+                os.replace(before / file, target / file)
+            else:
+                (target / file).unlink(missing_ok=True)
+        raise
+    for file in files:
+        if file.name in OTHER_FORMAT:  # PEFT would load the old safetensors file rather than the new one beside it
+            (target / file).with_name(OTHER_FORMAT[file.name]).unlink(missing_ok=True)
+
+
+def _link(source: Path, place: Path) -> None:
+    try:
+        os.link(source, place)
+    except OSError:  # the file system has no hard links
+        shutil.copy2(source, place)
 
 
 def push_to_hub(
@@ -78,8 +108,12 @@ def push_to_hub(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(EntryNotFoundError):
+        try:
             shutil.copy(api.hf_hub_download(repo_id, CARD, revision=revision), Path(folder) / CARD)
+        except LocalEntryNotFoundError:  # no connection, which says nothing about the card
+            raise
+        except EntryNotFoundError:
+            pass
         model.save_pretrained(folder, **save_kwargs)
         if tags:
             card = ModelCard.load(Path(folder) / CARD)
@@ -101,11 +135,13 @@ def create_or_update_model_card(original: Callable, model: PeftModel, output_dir
     config = model.active_peft_config
     if not path.exists():
         path.write_text(f"---\nlibrary_name: peft\n---\n\n# Task-routed adapter\n\n{BEGIN}\n{END}\n", encoding="utf-8")
+    tags = set(ModelCard.load(path).data.tags or [])  # the next line drops them
     original(output_dir)
     card = ModelCard.load(path)
     base_model = config.base_model_name_or_path or card.data.get("base_model") or None
     card.data["base_model"] = base_model  # None, for a base model made from a config, leaves the line out
-    card.data.tags = sorted({*(card.data.tags or []), *TAGS} - {"base_model:adapter:"})
+    tags = {tag for tag in {*tags, *(card.data.tags or []), *TAGS} if not tag.startswith("base_model:adapter:")}
+    card.data.tags = sorted(tags | ({f"base_model:adapter:{base_model}"} if base_model else set()))
     section = f"{BEGIN}\n{_section(model, config, base_model)}\n{END}"
     before, begin, rest = card.text.partition(BEGIN)
     card.text = f"{before}{section}{rest.partition(END)[2]}" if begin else f"{card.text}\n\n{section}\n"
@@ -114,7 +150,7 @@ def create_or_update_model_card(original: Callable, model: PeftModel, output_dir
 
 def _section(model: PeftModel, config: PolyConfig, base_model: Optional[str]) -> str:
     names = config.task_names or [str(task) for task in range(config.n_tasks)]
-    rows = "\n".join(f"| {task} | {name} |" for task, name in enumerate(names[:MOST_TASKS]))
+    rows = "\n".join(f"| {task} | {_cell(name)} |" for task, name in enumerate(names[:MOST_TASKS]))
     more = f"\n\n... and {len(names) - MOST_TASKS} more." if len(names) > MOST_TASKS else ""
     example = repr(names[0]) if config.task_names else "0"
     method = "Multi-Head Routing (arXiv 2211.03831)" if config.n_splits > 1 else "Polytropon (arXiv 2202.13914)"
@@ -139,13 +175,18 @@ outputs = model(**inputs, task_ids={example})  # one task for all rows, or a lis
 ```"""
 
 
+def _cell(name: str) -> str:
+    return " ".join(name.split()).replace("|", "\\|")
+
+
 def _loading_lines(model: PeftModel, base_model: Optional[str]) -> str:
     base = model.get_base_model()
     lines = ["import peft_poly  # registers the adapter type", "from peft import PeftModel"]
-    if isinstance(base, PreTrainedModel) and base_model:
-        name = type(base).__name__
+    name, adapter = type(base).__name__, model.active_adapter
+    if type(base).__module__.startswith("transformers.") and isinstance(base, PreTrainedModel) and base_model:
         lines += [f"from transformers import {name}", "", f'base = {name}.from_pretrained("{base_model}")']
     else:
-        lines += ["", f"base = ...  # the {type(base).__name__} that the adapter was trained on"]
-    lines += ['model = PeftModel.from_pretrained(base, "...")  # this folder, or the id of this repository']
+        lines += ["", f"base = ...  # the {name} that the adapter was trained on"]
+    place = '"..."' if adapter == "default" else f'"...", subfolder="{adapter}"'
+    lines += [f"model = PeftModel.from_pretrained(base, {place})  # this folder, or the id of this repository"]
     return "\n".join(lines)

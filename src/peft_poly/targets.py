@@ -8,7 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from .layer import is_linear
 
 __all__ = ["check_architecture", "check_target"]
 
@@ -42,7 +43,7 @@ def check_target(target: nn.Module, name: str, parent: nn.Module, **quantisation
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     backend = resolve_quantization_backend(base, **quantisation)
     advice = "Change `target_modules`, or leave it out with `exclude_modules`."
-    if not isinstance(base, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
+    if not is_linear(base, backend):
         raise TypeError(
             f"Target module {name} is not supported: it is of type {type(base).__name__}. Supported are "
             f"`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D` and quantised linear layers. {advice}"

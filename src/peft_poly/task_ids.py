@@ -80,10 +80,12 @@ def resolve_task(task: Union[int, str], config: PolyConfig, adapter_name: str = 
     """The id of one task given by id or name.
 
     Raises:
-        ValueError: unknown name (with the nearest one), negative or too large id.
+        ValueError: unknown name (with the nearest one), negative or too large id, no integer.
     """
     if isinstance(task, str):
         return _id_of_name(task, config, adapter_name)
+    if isinstance(task, bool) or not hasattr(task, "__index__"):
+        raise ValueError(f"A task must be an integer id or a name, got {task!r}.")
     if not 0 <= task < config.n_tasks:
         named = f": {', '.join(config.task_names)}" if config.task_names else ""
         raise ValueError(
@@ -110,20 +112,24 @@ def _integer_ids(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _listed(task_ids: Any, config: PolyConfig, adapter_name: str) -> torch.Tensor:
-    if not isinstance(task_ids, (list, tuple)):
-        try:
-            return torch.as_tensor(task_ids)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                "task_ids must be a tensor, a list of ids or names, one id or one name, got "
-                f"{type(task_ids).__name__}: {task_ids!r}."
-            ) from error
-    if any(isinstance(task, str) for task in task_ids):
-        task_ids = [_id_of_name(task, config, adapter_name) if isinstance(task, str) else task for task in task_ids]
-    for task in task_ids:
-        if isinstance(task, (bool, float)):
-            raise ValueError(f"task_ids must be integers or task names, got {task!r} in {list(task_ids)!r}.")
-    return torch.as_tensor(task_ids) if task_ids else torch.empty(0, dtype=torch.long)
+    if getattr(getattr(task_ids, "dtype", None), "kind", None) in ("O", "U"):  # a numpy array of names
+        task_ids = task_ids.tolist()
+    if isinstance(task_ids, (list, tuple)):
+        for task in task_ids:
+            if task is None or isinstance(task, (bool, float, bytes)):
+                raise ValueError(f"task_ids must be integers or task names, got {task!r} in {list(task_ids)!r}.")
+        task_ids = [
+            resolve_task(task, config, adapter_name) if isinstance(task, (int, str)) else task for task in task_ids
+        ]
+        if not task_ids:
+            return torch.empty(0, dtype=torch.long)
+    try:
+        return torch.as_tensor(task_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "task_ids must be a tensor, a list of ids or names, one id or one name, got "
+            f"{type(task_ids).__name__}: {task_ids!r}."
+        ) from error
 
 
 def _id_of_name(name: str, config: PolyConfig, adapter_name: str) -> int:

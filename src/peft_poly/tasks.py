@@ -15,6 +15,7 @@ Three things make this more than an argument:
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional, Union
@@ -23,22 +24,28 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .config import PolyConfig
+from .grouping import Rows, group_rows, ungrouped_rows
 from .task_ids import TaskIds, no_task_message, resolve_task, resolve_tasks
 
-__all__ = ["TaskBatch", "TaskContext", "generation"]
+__all__ = ["TaskBatch", "TaskContext", "generation", "kept_in_generation"]
 
 _generating = threading.local()
 
 
 @contextmanager
 def generation() -> Iterator[None]:
-    """Marks the calling thread as inside `generate`, where rows may be repeated."""
-    before = getattr(_generating, "on", False)
-    _generating.on = True
+    """Marks the calling thread as inside `generate`: rows may be repeated, and layers may keep what they mix."""
+    before = getattr(_generating, "kept", None)
+    _generating.kept = {} if before is None else before
     try:
         yield
     finally:
-        _generating.on = before
+        _generating.kept = before
+
+
+def kept_in_generation() -> Optional[dict[Any, Any]]:
+    """What this thread's layers keep until its `generate` ends; None outside of one."""
+    return getattr(_generating, "kept", None)
 
 
 class TaskBatch:
@@ -47,19 +54,22 @@ class TaskBatch:
     Args:
         given: what the caller passed.
         ids: for each adapter a LongTensor `(b,)`, or `(1,)` where one task serves all rows.
-        uniform: whether all rows are known to have the same task.
+        uniform: for each adapter whether all rows are known to have the same task.
     """
 
-    def __init__(self, given: TaskIds, ids: dict[str, torch.Tensor], uniform: bool) -> None:
+    def __init__(self, given: TaskIds, ids: dict[str, torch.Tensor], uniform: dict[str, bool]) -> None:
         self.given = given
         self.ids = ids
         self.uniform = uniform
+        self._grouped: dict[Any, Rows] = {}
 
-    def repeat(self, times: int) -> TaskBatch:
-        """The batch with each row repeated, as a model that flattens `(b, choices, l)` does."""
-        if self.uniform or times == 1:
-            return self
-        return TaskBatch(self.given, {name: ids.repeat_interleave(times) for name, ids in self.ids.items()}, False)
+    def repeat(self, n_rows: Optional[int], times: int) -> TaskBatch:
+        """The batch with each of its `n_rows` repeated, as a model that flattens `(b, choices, l)` does; once only."""
+        ids = {
+            name: ids.repeat_interleave(times) if ids.shape[0] == n_rows and not self.uniform[name] else ids
+            for name, ids in self.ids.items()
+        }
+        return TaskBatch(self.given, ids, self.uniform)
 
     def rows(self, adapter_name: str, n_rows: int, layer: str = "layer") -> torch.Tensor:
         """The task ids of the rows of a layer's input, `(n_rows,)`, or `(1,)` if one task serves them all.
@@ -69,15 +79,28 @@ class TaskBatch:
         """
         ids = self.ids[adapter_name]
         n_tasks = ids.shape[0]
-        if self.uniform or n_tasks == n_rows:
+        if self.uniform[adapter_name] or n_tasks == n_rows:
             return ids
-        if getattr(_generating, "on", False) and n_rows % n_tasks == 0:
+        if kept_in_generation() is not None and n_rows % n_tasks == 0:
             return ids.repeat_interleave(n_rows // n_tasks)
         raise ValueError(
             f"task_ids has {n_tasks} entries but the input of {layer} has {n_rows} rows. Pass one id per row, or one "
             "id or name for all rows. (A layer that sees flattened tokens or windows can only serve one task at a "
             "time; otherwise leave it out with `exclude_modules`.)"
         )
+
+    def grouped(self, adapter_name: str, n_rows: int, device: torch.device, layer: str = "layer") -> Rows:
+        """The rows of a layer's input by task, on its device; worked out once per batch.
+
+        Raises:
+            ValueError: as `rows`.
+        """
+        key = (adapter_name, n_rows, device)
+        if key not in self._grouped:
+            ids = self.rows(adapter_name, n_rows, layer)
+            known = ids.device.type == "cpu"  # else reading them would hold up the device
+            self._grouped[key] = (group_rows(ids.tolist()) if known else ungrouped_rows(ids)).to(device)
+        return self._grouped[key]
 
 
 class TaskContext:
@@ -96,8 +119,7 @@ class TaskContext:
     def _forget(self) -> None:
         self._local = threading.local()
         self._chosen: Union[int, str, dict[str, Union[int, str]], None] = None
-        self._notes: dict[int, TaskBatch] = {}
-        self._latest_note: Optional[TaskBatch] = None
+        self._notes: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
 
     # A thread's current batch is not part of a copy.
     def __getstate__(self) -> dict[str, Any]:
@@ -113,9 +135,9 @@ class TaskContext:
 
     def resolve(self, task_ids: TaskIds, adapters: Iterable[str], n_rows: Optional[int] = None) -> TaskBatch:
         """Check `task_ids` against every adapter in `adapters`; see `resolve_tasks` for what is accepted and raised."""
-        ids, uniform = {}, False
+        ids, uniform = {}, {}
         for name in adapters:
-            ids[name], uniform = resolve_tasks(task_ids, self.configs[name], name, n_rows)
+            ids[name], uniform[name] = resolve_tasks(task_ids, self.configs[name], name, n_rows)
             if name in self.merged:
                 self._check_merged(name, ids[name])
         return TaskBatch(task_ids, ids, uniform)
@@ -144,8 +166,8 @@ class TaskContext:
             return self.resolve(task_ids, adapters, n_rows)
         entered = self.current()
         if entered is not None:
-            missing = [name for name in adapters if name not in entered.ids]
-            return self.resolve(entered.given, adapters, n_rows) if missing else entered
+            anew = [name for name in adapters if name not in entered.ids or name in self.merged]
+            return self.resolve(entered.given, adapters, n_rows) if anew else entered
         if self.default is not None:
             return self.resolve(self.default, adapters)
         for name in adapters:
@@ -173,7 +195,14 @@ class TaskContext:
 
     @contextmanager
     def choosing(self, task: Union[int, str, dict[str, Union[int, str]], None]) -> Iterator[None]:
-        """For the time of a merge: the task of each adapter, or of all, that `one_task` answers with."""
+        """For the time of a merge: the task of each adapter, or of all, that `one_task` answers with.
+
+        Raises:
+            ValueError: a key of `task` names no adapter.
+        """
+        for name in task if isinstance(task, dict) else ():
+            if name not in self.configs:
+                raise ValueError(f"There is no adapter {name!r}. There are: {sorted(self.configs)}.")
         before, self._chosen = self._chosen, task
         try:
             yield
@@ -203,7 +232,12 @@ class TaskContext:
         if backward == entered_in:
             return batch
         # Inside a backward (-1: not): a recomputation. What this thread entered before belongs to another forward.
-        return self._notes.get(backward) or self._latest_note or batch
+        note = self._notes.get(backward)
+        if note is not None:
+            self._local.recomputed_in = backward
+        else:  # a checkpoint inside a checkpoint has a backward of its own, inside that of the outer one
+            note = self._notes.get(getattr(self._local, "recomputed_in", -1))
+        return batch if note is None else note.batch
 
     def note_outputs(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the base model: lets the backward of `output` know the batch it belongs to."""
@@ -218,14 +252,22 @@ class TaskContext:
 
     def _take_note(self, batch: TaskBatch) -> None:
         backward = torch._C._current_graph_task_id()
-        if backward not in self._notes:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._drop_note(backward))
-        self._notes[backward] = self._latest_note = batch
+        note = self._notes.get(backward)
+        if note is None:
+            note = self._notes[backward] = _Backward(batch)
+            # The engine alone keeps the note alive: it goes when the backward ends, even if it fails.
+            torch.autograd.Variable._execution_engine.queue_callback(note.keep)
+        note.batch = batch
 
-    def _drop_note(self, backward: int) -> None:
-        self._notes.pop(backward, None)
-        if not self._notes:
-            self._latest_note = None
+
+class _Backward:
+    """A running backward, and the batch that it has come to."""
+
+    def __init__(self, batch: TaskBatch) -> None:
+        self.batch = batch
+
+    def keep(self) -> None:
+        """Called back at the end; does nothing but be held until then."""
 
 
 class _Note:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union, cast
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from . import adaptation, growth
 from .config import PolyConfig
 from .layer import Linear, PolyLayer, evaluating
-from .merging import unmerge
+from .merging import merged_weight
 from .router import PolyRouter
 from .task_ids import TaskIds, resolve_task
 from .tasks import TaskContext
@@ -118,23 +119,29 @@ class TaskVerbs(_Tuner):
             ValueError: there is no such task; the new name is taken or empty; the tasks have no names.
         """
         name = self._poly_name(adapter_name)
-        growth.rename_task(self._poly_config(name), name, self.task_context, old, new)
+        context = self.task_context if name in self.active_adapters else None  # whose set task may be the renamed one
+        growth.rename_task(self._poly_config(name), name, context, old, new)
 
     # --------------------------------------------------------------------------------------------- few-shot regimes
     def train_router_only(self, adapter_name: Optional[str] = None) -> None:
-        """MHR-z: freeze the skills, train the router rows (arXiv 2211.03831). `modules_to_save` stay as they are."""
+        """MHR-z: freeze the skills, train the router rows (arXiv 2211.03831). `modules_to_save` stay as they are.
+
+        Raises:
+            ValueError: the adapter has one skill, so that there is nothing to route.
+        """
         name = self._poly_name(adapter_name)
         adaptation.train_router_only(self._poly_layers(name).values(), name)
 
     def train_all(self, adapter_name: Optional[str] = None) -> None:
-        """Train skills and router rows; undoes `train_router_only`."""
+        """Train skills and router rows (of an adapter with one skill: the skill); undoes `train_router_only`."""
         name = self._poly_name(adapter_name)
         adaptation.train_all(self._poly_layers(name).values(), name)
 
     def average_skills(self, adapter_name: Optional[str] = None) -> None:
         """MHR-mu: in place, one skill that is the mean of the inventory; the router is flat and frozen.
 
-        All tasks then share one LoRA. The parameters are new objects: make the optimizer afterwards.
+        All tasks then share one LoRA. What was frozen stays so; `train_all` then trains the mean. The parameters are
+        new objects: make the optimizer afterwards.
 
         Raises:
             ValueError: the adapter is merged.
@@ -163,14 +170,8 @@ class TaskVerbs(_Tuner):
         with self.task_context.choosing(task):
             for name in names:
                 self._check_can_merge(name)
-            layers = list(self._poly_layers(*names).values())
-            before = {id(layer): list(layer.merged_adapters) for layer in layers}
-            try:
-                super().merge_adapter(adapter_names=names, safe_merge=safe_merge)
-            except Exception:
-                for layer in layers:
-                    unmerge(layer, keep=before[id(layer)])
-                raise
+            self._check_merged_weights(names, safe_merge)
+            super().merge_adapter(adapter_names=names)
 
     def merge_and_unload(
         self,
@@ -193,8 +194,9 @@ class TaskVerbs(_Tuner):
                 elif task is not None and self.task_context.one_task(name) != merged:
                     raise ValueError(self._merged_message(name))
             names = [name for name in names if name not in self.task_context.merged]
+            self._check_merged_weights(names, safe_merge)
             unload: Any = self._unload_and_optionally_merge  # typed as returning None
-            return unload(merge=bool(names), progressbar=progressbar, safe_merge=safe_merge, adapter_names=names)
+            return unload(merge=bool(names), progressbar=progressbar, adapter_names=names)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` can be used: once the task is known, by `set_task` or as the only one."""
@@ -231,6 +233,14 @@ class TaskVerbs(_Tuner):
         if name in self.task_context.merged:
             raise ValueError(self._merged_message(name))
         self.task_context.one_task(name)
+
+    def _check_merged_weights(self, names: list[str], finite: bool) -> None:
+        """Raise what a merge would, for every layer, before any of them changes."""
+        tasks = {name: self.task_context.one_task(name) for name in names}
+        for layer in self._poly_layers(*names).values():
+            if finite or layer.quantization_backend is not None:
+                with onload_layer(layer):
+                    merged_weight(layer, {name: tasks[name] for name in names if name in layer.poly_lora_A}, finite)
 
     def _merged_message(self, name: str) -> str:
         task, names = self.task_context.merged[name], self._poly_config(name).task_names

@@ -1,0 +1,71 @@
+# `make` lists the verbs. Each makes the virtual environment it needs first, and makes it anew when setup.py changes.
+#
+#   make test PYTHON=python3.12                   another Python (3.10 or newer)
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      PyTorch's CPU build
+#   make test PYTEST_ARGS="tests/test_config.py"  some of the tests; "-m slow" for those that need minutes
+#   make demo DEMO_ARGS="--seeds 0 1 2"           settings of examples/train_multitask.py
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+
+.PHONY: help demo test quality style docs bench bench-quick clean
+.NOTPARALLEL:
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# PyTorch goes first and pinned: left to the resolver, it may become a build of several gigabytes.
+$(VENV)/.torch: setup.py
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	@touch $@
+
+# One stamp per extra of setup.py.
+$(VENV)/.%: $(VENV)/.torch
+	$(BIN)/python -m pip install -e ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.demo ## train one adapter on ten text tasks, and print a table
+	$(BIN)/python examples/train_multitask.py $(DEMO_ARGS)
+
+test: $(VENV)/.test ## run the tests, all but the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+quality: $(VENV)/.quality $(VENV)/.test ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+style: $(VENV)/.quality ## mend format and style where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ifneq ($(wildcard docs/conf.py),)
+docs: $(VENV)/.docs ## build the documentation
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+else
+docs:
+	@echo "There is no site to build yet (docs/conf.py): the guides are the Markdown files in docs/."
+endif
+
+ifneq ($(wildcard benchmarks/__main__.py),)
+bench: $(VENV)/.test ## measure speed, memory and size against LoRA, PEFT's Poly and the base model
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-quick: $(VENV)/.test ## the same within three minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --quick $(BENCH_ARGS)
+else
+bench bench-quick:
+	@echo "There are no benchmarks to run yet (benchmarks/)."
+endif
+
+clean: ## remove caches and builds; keeps the environment and what the examples wrote
+	rm -rf build dist docs/_build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

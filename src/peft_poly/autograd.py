@@ -1,0 +1,103 @@
+"""The training step of one adapted layer as one autograd node.
+
+    p = sigmoid((z + n) / tau)      w = p / (sum_k p + 1e-12)       (g, h, k)
+    A_t, B_t = mix(w, A), mix(w, B)                                 (g, in, r), (g, r, out)
+    u = x A_t                                                       (g, m, r)
+    y = base + scale * u B_t                                        (g, m, out)
+
+It saves x, u and the routing (w, p), and mixes A_t and B_t again in the backward: what a plain LoRA saves, where plain
+operations would keep a mixed pair per row. Letters as in `mixing`; n is the noise of the relaxed Bernoulli.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .mixing import add_expanded, in_runs, mix_A, mix_B, reduce_tokens
+from .router import route
+
+__all__ = ["PolyUpdate"]
+
+Gradients = tuple[Optional[torch.Tensor], ...]
+
+
+class PolyUpdate(torch.autograd.Function):
+    """`y = base + update`, where `base` is given, or is `F.linear(x, weight, bias)` with a frozen weight.
+
+    With the base product inside the node, its output can be added to in place, and the gradient of x is one sum.
+
+    Not twice differentiable: a second derivative raises.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Optional[torch.Tensor],
+        x: torch.Tensor,
+        weight: Optional[torch.Tensor],
+        bias: Optional[torch.Tensor],
+        A: torch.Tensor,
+        B: torch.Tensor,
+        logits: torch.Tensor,
+        tasks: torch.Tensor,
+        noise: Optional[torch.Tensor],
+        temperature: float,
+        scale: float,
+    ) -> torch.Tensor:
+        """Shapes: base `(b, ..., out)`, x `(b, ..., in)`, weight `(out, in)`, A `(h, k, d, r)`, B `(h, k, r, o)`,
+        logits `(t, h * k)`, tasks `(g,)` for g equal runs of rows, noise `(g, h, k)`; returns `(b, ..., out)`.
+        """
+        w, p = route(logits, tasks, noise, temperature, A.shape[0])
+        mixed_A, mixed_B = mix_A(w, A), mix_B(w, B)
+        u = reduce_tokens(in_runs(x, len(tasks)).to(A.dtype), mixed_A)
+        owned = base is None
+        y = torch.nn.functional.linear(x, weight, bias) if base is None else base  # type: ignore[arg-type]
+        ctx.save_for_backward(x, u, w, p, A, B, weight, tasks)
+        ctx.n_tasks, ctx.logits_dtype = logits.shape[0], logits.dtype
+        ctx.temperature, ctx.scale = 1.0 if noise is None else temperature, scale
+        return add_expanded(y, u, mixed_B, scale, owned)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        """Gradients of x, A, B and logits; those that nobody asked for are not computed."""
+        x, u, w, p, A, B, weight, tasks = ctx.saved_tensors
+        (h, k, d, r), o, g = A.shape, B.shape[-1], len(tasks)
+        needs_x, needs_A, needs_B, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 6))
+        grad_base = grad if ctx.needs_input_grad[0] else None
+        grad_runs = in_runs(grad, g)
+        grad_y = grad_runs.to(B.dtype)
+        # (g, r, m): the gradient of u, transposed, which is the fast orientation for all that follows
+        grad_u = torch.bmm(mix_B(w, B), grad_y.transpose(1, 2)).mul_(ctx.scale)
+        grad_x = None
+        if needs_x:
+            grad_x = torch.bmm(grad_u.transpose(1, 2), mix_A(w, A).transpose(1, 2)).to(x.dtype)
+            if weight is not None:
+                grad_x += torch.matmul(grad_runs, weight)
+            grad_x = grad_x.view(x.shape)
+        if not (needs_A or needs_B or needs_logits):
+            return grad_base, grad_x, *[None] * 9
+        # gradients of the mixed pair, (g, r, in) and (g, r, out), in the skills' layout (h, g, ...)
+        mixed_A = torch.bmm(grad_u, in_runs(x, g).to(A.dtype)).view(g, r, h, d).permute(2, 0, 3, 1).reshape(h, g, d * r)
+        mixed_B = torch.bmm(u.transpose(1, 2), grad_y).mul_(ctx.scale)
+        mixed_B = mixed_B.view(g, r, h, o).permute(2, 0, 1, 3).reshape(h, g, r * o)
+        weights = w.to(A.dtype).permute(1, 2, 0)  # (h, k, g)
+        grad_A = torch.bmm(weights, mixed_A).view(A.shape) if needs_A else None
+        grad_B = torch.bmm(weights, mixed_B).view(B.shape) if needs_B else None
+        grad_logits = None
+        if needs_logits:
+            grad_w = torch.bmm(mixed_A, A.reshape(h, k, d * r).transpose(1, 2))
+            grad_w += torch.bmm(mixed_B, B.reshape(h, k, r * o).transpose(1, 2))
+            grad_z = grad_route(grad_w.transpose(0, 1).to(w.dtype), w, p) / ctx.temperature
+            scatter = torch.ops.aten.embedding_dense_backward  # deterministic on a GPU too
+            grad_logits = scatter(grad_z.reshape(g, h * k), tasks, ctx.n_tasks, -1, False).to(ctx.logits_dtype)
+        return grad_base, grad_x, None, None, grad_A, grad_B, grad_logits, None, None, None, None
+
+
+def grad_route(grad_w: torch.Tensor, w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The gradient of the logits from that of w: `w (grad_w - sum_k grad_w w) (1 - p)`, `(g, h, k)`."""
+    inner = (grad_w * w).sum(dim=-1, keepdim=True)
+    return w * (grad_w - inner) * (1 - p)
