@@ -466,7 +466,9 @@ def places(saved, tmp_path_factory):
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(("args", "message"), BAD_INPUT, ids=lambda value: " ".join(value)[:60])
+    @pytest.mark.parametrize(
+        ("args", "message"), BAD_INPUT, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+    )
     def test_it_ends_with_one_line_and_code_2(self, run, places, tmp_path, args, message):
         places = {**places, "tmp": str(tmp_path)}
         code, out, err = run(*(arg.format(**places) for arg in args))

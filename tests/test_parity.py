@@ -1,4 +1,4 @@
-"""Whole models: equal to a dense model per task, to PEFT's own Poly with its tensors or its seed, to PEFT's LoRA."""
+"""Initial tensors and whole models: equal to a dense model per task, to PEFT's own Poly, to PEFT's LoRA."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.poly.layer import Linear as PeftPolyLinear
 from torch import nn
 
-from peft_poly import PolyConfig, PolyLayer
+from peft_poly import Linear, PolyConfig, PolyLayer
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 TASKS = [2, 0, 1, 2]
@@ -64,6 +65,8 @@ class TestDense:
         model, inputs = adapted(case, n_splits=n_splits, lora_alpha=2), inputs_of(case)
         out = call(model, inputs, torch.tensor(TASKS))
         torch.testing.assert_close(out, dense_rows(model, inputs, TASKS), **CLOSE)
+        with torch.no_grad():
+            torch.testing.assert_close(call(model, inputs, torch.tensor(TASKS)), out, **CLOSE)
         with model.disable_adapter():
             assert not torch.allclose(out, tiny.first(model(**inputs)), atol=1e-3)
 
@@ -86,6 +89,47 @@ class TestDense:
         model.base_model.set_adapter(["default", "other"])
         expected = dense_rows(model, inputs, TASKS, ("default", "other"))
         torch.testing.assert_close(call(model, inputs, TASKS), expected, **CLOSE)
+
+
+SIZES = [(8, 12, 1, 4, 3), (8, 12, 4, 2, 5), (6, 4, 2, 3, 1), (5, 7, 1, 1, 2)]  # in, out, n_splits, n_skills, r
+
+
+class TestInit:
+    @pytest.mark.parametrize("init_weights", [True, False])
+    @pytest.mark.parametrize(("d", "o", "n_splits", "n_skills", "r"), SIZES)
+    def test_one_seed_gives_the_tensors_of_pefts_own_poly(self, d, o, n_splits, n_skills, r, init_weights):
+        settings = {"r": r, "n_tasks": 3, "n_splits": n_splits, "n_skills": n_skills, "init_weights": init_weights}
+        base, states = nn.Linear(d, o), []
+        for linear, config in ((Linear, PolyConfig), (PeftPolyLinear, peft.PolyConfig)):
+            torch.manual_seed(21)
+            states.append(linear(base, "default", config(**settings)).state_dict())
+        assert list(states[0]) == list(states[1])
+        assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+    @pytest.mark.parametrize(
+        ("init_weights", "bound"), [(True, 1 / math.sqrt(64 // 4)), ("mhr", 1 / math.sqrt(3 * 64))]
+    )
+    def test_a_is_uniform_in_its_range_and_b_is_zero(self, init_weights, bound):
+        config = PolyConfig(r=16, n_splits=4, n_skills=8, init_weights=init_weights)
+        layer = Linear(nn.Linear(64, 128), "default", config)
+        A = layer.poly_lora_A["default"]
+        assert 0.999 * bound < A.abs().max() <= bound
+        assert abs(A.std() / (bound / math.sqrt(3)) - 1) < 0.02
+        assert abs(A.mean()) < 5 * bound / math.sqrt(3 * A.numel())
+        assert not layer.poly_lora_B["default"].any()
+
+    def test_without_init_b_is_uniform_in_the_range_of_its_rank(self):
+        layer = Linear(nn.Linear(64, 128), "default", PolyConfig(r=16, n_splits=4, n_skills=8, init_weights=False))
+        B = layer.poly_lora_B["default"]
+        assert 0.999 / math.sqrt(16) < B.abs().max() <= 1 / math.sqrt(16)
+        assert abs(B.std() / (1 / math.sqrt(3 * 16)) - 1) < 0.02
+
+    @pytest.mark.parametrize("init_weights", [True, "mhr"])
+    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    def test_a_fresh_adapter_changes_nothing(self, init_weights, training):
+        layer = Linear(nn.Linear(8, 12), "default", PolyConfig(n_tasks=3, init_weights=init_weights)).train(training)
+        x = torch.randn(3, 8)
+        assert torch.equal(layer(x, task_ids=[0, 1, 2]), layer.base_layer(x))
 
 
 SETTINGS = [{}, {"n_splits": 4, "n_skills": 3, "r": 2, "n_tasks": 5}]

@@ -9,6 +9,8 @@ compat.check_peft()
 compat.add_peft_type()
 
 from .config import PolyConfig  # noqa: E402
+from .conversion import convert_checkpoint  # noqa: E402
+from .from_loras import from_loras  # noqa: E402
 from .layer import Linear, PolyLayer  # noqa: E402
 from .model import PolyModel  # noqa: E402
 from .registration import register  # noqa: E402
@@ -25,7 +27,9 @@ __all__ = [
     "PolyModel",
     "PolyRouter",
     "Router",
+    "convert_checkpoint",
     "create_poly_optimizer",
+    "from_loras",
     "get_router",
     "use_task",
 ]

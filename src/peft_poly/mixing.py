@@ -118,7 +118,7 @@ def reduce_tokens(tokens: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """`u = x A`: `(g, m, in), (g, in, r) -> (g, m, r)`, in the orientation that is fast for its size."""
     if tokens.shape[1] >= FEW_TOKENS:
         return torch.bmm(A.transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
-    return torch.bmm(tokens, A) if A.shape[0] > 1 else torch.mm(tokens[0], A[0]).unsqueeze(0)
+    return torch.bmm(tokens, A) if A.shape[0] != 1 else torch.mm(tokens[0], A[0]).unsqueeze(0)
 
 
 def add_expanded(y: torch.Tensor, u: torch.Tensor, B: torch.Tensor, scale: float, owned: bool) -> torch.Tensor:

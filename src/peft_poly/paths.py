@@ -93,9 +93,9 @@ def only(
     result = layer.base_layer(x, *args, **kwargs)
     owned = type(layer.base_layer) in (nn.Linear, Conv1D) and not is_watched(layer.base_layer)
     for name in active:
+        adapted = layer.poly_dropout[name](x)  # drawn before the noise, as in `for_backward`
         rows, A, B = pairs_of_rows(layer, name, batch, n_rows, x)
-        adapted = layer.poly_dropout[name](x.to(A.dtype))
-        result = add_update(result, adapted, A, B, layer.scaling[name], rows, owned)
+        result = add_update(result, adapted.to(A.dtype), A, B, layer.scaling[name], rows, owned)
         owned = True
     return result
 

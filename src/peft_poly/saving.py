@@ -28,11 +28,7 @@ MOST_TASKS = 50  # tasks listed in a card
 
 
 def save_pretrained(original: Callable, model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
-    """`PeftModel.save_pretrained`, by way of a staging folder: a save that fails leaves the one before as it was.
-
-    Raises:
-        RuntimeError: the parameters are sharded and were not gathered.
-    """
+    """`PeftModel.save_pretrained`, by way of a staging folder: a save that fails leaves the one before as it was."""
     call = inspect.signature(original).bind(save_directory, *args, **kwargs)
     call.apply_defaults()
     target = Path(save_directory)

@@ -117,7 +117,7 @@ class TaskContext:
         self._forget()
 
     def _forget(self) -> None:
-        self._local = threading.local()
+        self._local = _Local()
         self._chosen: Union[int, str, dict[str, Union[int, str]], None] = None
         self._notes: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
 
@@ -216,7 +216,7 @@ class TaskContext:
     @contextmanager
     def use(self, batch: Optional[TaskBatch]) -> Iterator[None]:
         """Make `batch` the current one of this thread, and put the one before back afterwards."""
-        before = getattr(self._local, "entry", None)
+        before = self._local.entry
         self._local.entry = (batch, -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id())
         try:
             yield
@@ -225,7 +225,7 @@ class TaskContext:
 
     def current(self) -> Optional[TaskBatch]:
         """The batch being computed: the one entered in this thread, or the one whose backward is recomputing us."""
-        batch, entered_in = getattr(self._local, "entry", None) or (None, -1)
+        batch, entered_in = self._local.entry or (None, -1)
         if torch.compiler.is_compiling():
             return batch
         backward = torch._C._current_graph_task_id()
@@ -236,7 +236,7 @@ class TaskContext:
         if note is not None:
             self._local.recomputed_in = backward
         else:  # a checkpoint inside a checkpoint has a backward of its own, inside that of the outer one
-            note = self._notes.get(getattr(self._local, "recomputed_in", -1))
+            note = self._notes.get(self._local.recomputed_in)
         return batch if note is None else note.batch
 
     def note_outputs(self, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -258,6 +258,14 @@ class TaskContext:
             # The engine alone keeps the note alive: it goes when the backward ends, even if it fails.
             torch.autograd.Variable._execution_engine.queue_callback(note.keep)
         note.batch = batch
+
+
+class _Local(threading.local):
+    """What one thread is at; there from the start, since the compiler would guard on its absence."""
+
+    def __init__(self) -> None:
+        self.entry: Optional[tuple[Optional[TaskBatch], int]] = None
+        self.recomputed_in = -1
 
 
 class _Backward:

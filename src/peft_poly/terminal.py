@@ -46,8 +46,11 @@ def show_warning(message: Warning | str, category: type[Warning], *args: Any, **
 def working(what: str) -> Iterator[None]:
     """A bar that says that something goes on, if somebody looks."""
     stderr = console(stderr=True)
+    if not stderr.is_terminal:
+        yield
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+    with Progress(*columns, console=stderr, transient=True) as progress:
         progress.add_task(what, total=None)
         yield
 
