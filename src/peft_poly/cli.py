@@ -165,7 +165,7 @@ def export(
     """
     config, task_id = _adapter_and_task(source, task)
     from .bases import base_model_name, hollow_base_model
-    from .staging import _check as check_target
+    from .staging import check_target
 
     name = base_model_name(config, base)
     check_target(output, force)

@@ -182,7 +182,7 @@ def _tensors(source: _Source, task_id: int) -> dict[str, torch.Tensor]:
 
 def _lora_config(source: _Source) -> LoraConfig:
     config = source.config
-    saved = sorted(config.modules_to_save) if config.modules_to_save else None
+    saved = sorted(set(config.modules_to_save)) if config.modules_to_save else None
     return LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=source.base_name,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["staged"]
+__all__ = ["check_target", "staged"]
 
 SAVED = ("adapter_config.json", "config.json")  # what a folder that we may replace holds, itself or in its subfolders
 
@@ -44,7 +44,7 @@ def staged(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
     ```
     """
     target = Path(target).resolve()
-    _check(target, overwrite)
+    check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = _sibling(target, "writing")
     staging.mkdir()
@@ -55,7 +55,8 @@ def staged(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise `FileExistsError` if `staged` would refuse to write there."""
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file, and a folder was to be written there. Choose another place.")
     if not target.exists() or not any(target.iterdir()):
@@ -74,7 +75,7 @@ def _check(target: Path, overwrite: bool) -> None:
 
 def _put(staging: Path, target: Path, overwrite: bool) -> None:
     """Rename `staging` to `target`; the folder that was there is moved aside first, and back if that fails."""
-    _check(target, overwrite)  # it may have been written in the meantime
+    check_target(target, overwrite)  # it may have been written in the meantime
     if not target.exists():
         staging.rename(target)
         return
