@@ -329,7 +329,17 @@ class TestDtypes:
         expected = layer.mixed_pair("default", ids)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             pair = layer.mixed_pair("default", ids)
+        assert [mixed.dtype for mixed in pair] == [torch.float32, torch.float32]
         assert all(torch.equal(mixed, wanted) for mixed, wanted in zip(pair, expected, strict=True))
+
+    def test_a_compiled_layer_keeps_the_dtype_of_the_base_layer(self):
+        layer = make_layer(dtype=torch.float32)
+        layer.base_layer.to(torch.bfloat16)
+        x, tasks = torch.randn(3, 4, IN, dtype=torch.bfloat16), torch.tensor([2, 0, 1])
+        out = torch.compile(layer, backend="eager", fullgraph=True)(x, task_ids=tasks)
+        assert out.dtype == torch.bfloat16
+        expected = naive_forward(layer, x, [2, 0, 1])
+        torch.testing.assert_close(out.double(), expected.double(), rtol=3e-2, atol=3e-2)
 
     def test_underflowing_logits_in_half_precision_give_no_nan_under_autocast(self):
         layer = make_layer(dtype=torch.float16, n_tasks=1)

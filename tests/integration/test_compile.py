@@ -1,4 +1,4 @@
-"""`torch.compile(fullgraph=True)`: one graph, no recompilation for new ids, and the values and gradients of eager mode."""
+"""`torch.compile(fullgraph=True)`: one graph, no recompilation for new ids, the values and gradients of eager mode."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from peft_poly import PolyConfig, use_task
 
 BATCHES = [torch.tensor([2, 0, 1]), torch.tensor([1, 1, 0]), torch.tensor([0, 0, 0])]
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)  # it compiles C++
+BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 
 
 def config(**settings) -> PolyConfig:
@@ -56,7 +58,7 @@ def dense_rows(model: nn.Module, x: torch.Tensor, ids: torch.Tensor) -> torch.Te
 
 
 # ------------------------------------------------------------------------------------------------------------ eval
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@BACKENDS
 def test_new_ids_of_one_shape_need_no_new_graph(model, x, backend):
     fast, counter = compiled(model, backend)
     with no_recompilation(), torch.no_grad():
@@ -146,7 +148,7 @@ def step(module: nn.Module, model: nn.Module, x: torch.Tensor, ids: torch.Tensor
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@BACKENDS
 def test_training_without_noise_equals_eager_training(x, backend):
     model = adapt(MLP(), config(router_noise=False)).train()
     fast, counter = compiled(model, backend)
@@ -218,7 +220,7 @@ def test_a_checkpoint_inside_a_compiled_model(x):
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@BACKENDS
 @pytest.mark.parametrize("bad", [[0, -1, 1], [0, 3, 1]], ids=str)
 def test_bad_ids_raise_at_run_time(model, x, bad, backend):
     fast, counter = compiled(model, backend)
