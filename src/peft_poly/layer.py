@@ -238,16 +238,22 @@ class Linear(nn.Module, PolyLayer):
         Raises:
             ValueError: no task is known, or the ids do not fit the rows.
         """
-        if self._disable_adapters and self.merged_adapters:
-            self.unmerge()
-        if self.merged_adapters and task_ids is not None:
-            self.task_context.resolve(task_ids, self.merged_adapters)  # raises for another task than the merged
-        active = [name for name in self.active_adapters if name in self.poly_lora_A]
-        if self._disable_adapters or self.merged_adapters or not active:
+        if self._disable_adapters or self.merged_adapters:
+            return self._without_routing(x, args, task_ids, kwargs)
+        held = self._modules["poly_lora_A"]
+        active = [name for name in self.active_adapters if name in held]  # type: ignore[operator]
+        if not active:
             return self.base_layer(x, *args, **kwargs)
         n_rows = x.shape[0] if x.dim() > 1 else 1
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
         return choose_path(self, x, active)(self, x, active, batch, n_rows, args, kwargs)
+
+    def _without_routing(self, x: torch.Tensor, args: Any, task_ids: Optional[TaskIds], kwargs: Any) -> torch.Tensor:
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        if self.merged_adapters and task_ids is not None:
+            self.task_context.resolve(task_ids, self.merged_adapters)  # raises for another task than the merged
+        return self.base_layer(x, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str, task: Union[int, str, None] = None) -> torch.Tensor:
         """What a task adds to the base weight, in its layout, `(out, in)` or `(in, out)` for Conv1D.

@@ -210,8 +210,10 @@ class PolyModel(TaskVerbs, BaseTuner):
 
     @property
     def _enabled(self) -> bool:
-        layer = next((m for m in self.modules() if isinstance(m, PolyLayer)), None)
-        return layer is not None and not layer.disable_adapters
+        for module in self.modules():  # not `next(...)`, which the compiler of torch 2.8 cannot trace
+            if isinstance(module, PolyLayer):
+                return not module.disable_adapters
+        return False
 
 
 def _notes_tasks(hook: Any) -> bool:

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .autograd import PolyUpdate
 from .grouping import Rows, ungrouped_rows
-from .mixing import add_update, cheaper_together, low_rank_update
+from .mixing import add_update, cheaper_together, low_rank_update, mix_A, mix_B
+from .router import route
 from .tasks import TaskBatch, kept_in_generation
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ Path = Callable[["Linear", torch.Tensor, list[str], Optional[TaskBatch], int, tu
 
 def choose_path(layer: Linear, x: torch.Tensor, active: list[str]) -> Path:
     """The way to compute `layer(x)` with the adapters in `active`."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or type(x) not in PLAIN_TENSORS:
+    if torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS or torch.is_autocast_enabled(x.device.type):
         return plain
     if not layer.cast_input_dtype_enabled and any(x.dtype != layer.poly_lora_A[name].dtype for name in active):
         return plain  # the user wants no cast, and plain operations say so if they cannot do without
@@ -61,26 +62,21 @@ def for_backward(
     """One autograd node per adapter; the first takes the base layer's product in, where that is a plain one."""
     result: Optional[torch.Tensor] = None
     for name in active:
-        adapted = layer.poly_dropout[name](x)
+        adapted = dropped(layer, name, x)
         weight, bias = None, None
-        if result is None and adapted is x and not args and not kwargs and is_plain_and_frozen(layer.base_layer):
-            weight, bias = layer.base_layer.weight, layer.base_layer.bias
-        elif result is None:
-            result = layer.base_layer(x, *args, **kwargs)
-        router: Any = layer.poly_router[name]
-        tasks = row_tasks(layer, name, batch, n_rows).to(x.device, non_blocking=True)
+        if result is None:
+            if adapted is x and not args and not kwargs:
+                weight, bias = frozen_product(layer._modules["base_layer"])
+            if weight is None:
+                result = layer.base_layer(x, *args, **kwargs)
+        A, B, logits = tensors_of(layer, name)
+        router: Any = layer._modules["poly_router"]._modules[name]  # type: ignore[union-attr]
+        tasks = row_tasks(layer, name, batch, n_rows)
+        if tasks.device != x.device:
+            tasks = tasks.to(x.device, non_blocking=True)
+        noise = router.noise_for(tasks)
         result = PolyUpdate.apply(
-            result,
-            adapted,
-            weight,
-            bias,
-            layer.poly_lora_A[name],
-            layer.poly_lora_B[name],
-            router.module_logits,
-            tasks,
-            router.noise_for(tasks),
-            router.temperature,
-            layer.scaling[name],
+            result, adapted, weight, bias, A, B, logits, tasks, noise, router.temperature, layer.scaling[name]
         )
     assert result is not None
     return result
@@ -90,27 +86,89 @@ def only(
     layer: Linear, x: torch.Tensor, active: list[str], batch: Optional[TaskBatch], n_rows: int, args: Any, kwargs: Any
 ) -> torch.Tensor:
     """No gradients: mixed pairs per distinct task, added to the base layer's output in place if it is ours alone."""
-    result = layer.base_layer(x, *args, **kwargs)
-    owned = type(layer.base_layer) in (nn.Linear, Conv1D) and not is_watched(layer.base_layer)
+    result, owned = base_output(layer, x, args, kwargs)
     for name in active:
-        adapted = layer.poly_dropout[name](x)  # drawn before the noise, as in `for_backward`
+        adapted = dropped(layer, name, x)  # drawn before the noise, as in `for_backward`
         rows, A, B = pairs_of_rows(layer, name, batch, n_rows, x)
-        result = add_update(result, adapted.to(A.dtype), A, B, layer.scaling[name], rows, owned)
+        if adapted.dtype != A.dtype:
+            adapted = adapted.to(A.dtype)
+        result = add_update(result, adapted, A, B, layer.scaling[name], rows, owned)
         owned = True
     return result
 
 
+# ------------------------------------------------------------------------------------------------- parts of a layer
+# They are read from the modules' own dictionaries: attribute look-ups of `nn.Module` and `nn.ParameterDict` would cost
+# more than the products of a small layer.
+
+
+def tensors_of(layer: Linear, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The adapter's A, B and logits."""
+    modules: Any = layer._modules
+    router = modules["poly_router"]._modules[name]
+    A, B = (modules[kind]._parameters.get(name) for kind in ("poly_lora_A", "poly_lora_B"))
+    logits = router._parameters.get("module_logits")
+    if A is None or B is None or logits is None:  # a wrapper such as FSDP keeps them elsewhere
+        return layer.poly_lora_A[name], layer.poly_lora_B[name], router.module_logits
+    return A, B, logits
+
+
+def dropped(layer: Linear, name: str, x: torch.Tensor) -> torch.Tensor:
+    """The adapter's input after its dropout."""
+    dropout: Any = layer._modules["poly_dropout"]._modules[name]  # type: ignore[union-attr]
+    return x if type(dropout) is nn.Identity else dropout(x)
+
+
+def base_output(layer: Linear, x: torch.Tensor, args: Any, kwargs: Any) -> tuple[torch.Tensor, bool]:
+    """The base layer's output, and whether nobody else can hold it."""
+    base: Any = layer._modules["base_layer"]
+    if is_watched(base) or type(base) not in (nn.Linear, Conv1D):
+        return base(x, *args, **kwargs), False
+    weight = base._parameters.get("weight")
+    if weight is None or args or kwargs or type(base) is Conv1D:
+        return base(x, *args, **kwargs), True
+    return nn.functional.linear(x, weight, base._parameters["bias"]), True
+
+
+def frozen_product(base: Any) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Weight and bias of a base layer that does nothing but `linear` with tensors that take no gradient, or Nones."""
+    if type(base) is not nn.Linear or is_watched(base):
+        return None, None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if type(weight) not in PLAIN_TENSORS or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None, None
+    return (None, None) if bias is None and base.bias is not None else (weight, bias)
+
+
+def is_watched(base: nn.Module) -> bool:
+    """Whether a hook may see, keep or change what a layer returns, or its `forward` was replaced."""
+    return bool(
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or "forward" in base.__dict__
+        or module_internals._global_forward_hooks
+        or module_internals._global_forward_pre_hooks
+        or module_internals._global_backward_hooks
+        or module_internals._global_backward_pre_hooks
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ mixed pairs
 def row_tasks(layer: Linear, name: str, batch: Optional[TaskBatch], n_rows: int) -> torch.Tensor:
     """A task per row, or one for all rows; where the router samples, one per row, so that each has its draw."""
     tasks = torch.zeros(1, dtype=torch.long) if batch is None else batch.rows(name, n_rows, layer.layer_name)
-    router: Any = layer.poly_router[name]
-    return tasks.expand(n_rows) if router.samples and tasks.shape[0] == 1 else tasks
+    if tasks.shape[0] == 1 and n_rows != 1:
+        router: Any = layer._modules["poly_router"]._modules[name]  # type: ignore[union-attr]
+        return tasks.expand(n_rows) if router.samples else tasks
+    return tasks
 
 
 def pairs_of_rows(
     layer: Linear, name: str, batch: Optional[TaskBatch], n_rows: int, x: torch.Tensor
 ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-    """The mixed pairs, and which row has which; within `generate` they are mixed once and kept to its end."""
+    """Which row has which mixed pair, and the pairs; within `generate` they are mixed once and kept to its end."""
     kept = None if layer.training else kept_in_generation()
     rows = None
     if batch is not None and not layer.training:
@@ -120,34 +178,40 @@ def pairs_of_rows(
     if rows is None:
         rows = ungrouped_rows(row_tasks(layer, name, batch, n_rows).to(x.device, non_blocking=True))
     if kept is None:
-        return rows, *layer.mixed_pair(name, rows.tasks)
-    stamp = stamp_of(layer, name)
-    entry = kept.get((id(layer), name))
-    if entry is None or entry[0] is not batch or entry[1] != stamp:
-        entry = kept[id(layer), name] = (batch, stamp, *layer.mixed_pair(name, rows.tasks))
-    return rows, entry[2], entry[3]
+        return rows, *mixed(layer, name, rows.tasks)
+    entry = kept.get((layer, name))
+    if entry is None or not entry.holds(batch, rows, tensors_of(layer, name)):
+        entry = kept[layer, name] = Kept(batch, rows, tensors_of(layer, name), *mixed(layer, name, rows.tasks))
+    return rows, entry.A, entry.B
 
 
-def stamp_of(layer: Linear, name: str) -> tuple[Any, ...]:
-    """Changes whenever a parameter of the adapter is replaced, moved, cast or written to."""
-    router: Any = layer.poly_router[name]
-    parameters = (layer.poly_lora_A[name], layer.poly_lora_B[name], router.module_logits)
-    return tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+def mixed(layer: Linear, name: str, tasks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`PolyLayer.mixed_pair`, without autograd and autocast."""
+    A, B, logits = tensors_of(layer, name)
+    router: Any = layer._modules["poly_router"]._modules[name]  # type: ignore[union-attr]
+    w = route(logits, tasks, router.noise_for(tasks), router.temperature, A.shape[0])[0]
+    return mix_A(w, A), mix_B(w, B)
 
 
-def is_plain_and_frozen(base: Any) -> bool:
-    """Whether a base layer does nothing but `linear` with parameters that take no gradient."""
-    return (
-        type(base) is nn.Linear
-        and type(base.weight) in PLAIN_TENSORS
-        and not base.weight.requires_grad
-        and (base.bias is None or not base.bias.requires_grad)
-        and not is_watched(base)
-    )
+class Kept:
+    """The mixed pairs of one layer and adapter in one `generate`, and what they were mixed from.
 
+    Whoever replaces, moves, casts or writes to a parameter changes its identity, its storage or its version. The
+    storage is held, so that its address is not given to another. (A write through `.data` leaves no trace.)
+    """
 
-def is_watched(base: nn.Module) -> bool:
-    """Whether a hook may see, keep or change what a layer returns, or its `forward` was replaced."""
-    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    everywhere = module_internals._global_forward_hooks or module_internals._global_forward_pre_hooks
-    return bool(hooks or everywhere or "forward" in base.__dict__)
+    def __init__(
+        self, batch: Any, rows: Rows, tensors: tuple[torch.Tensor, ...], A: torch.Tensor, B: torch.Tensor
+    ) -> None:
+        self.batch, self.tasks, self.A, self.B = batch, rows.tasks, A, B
+        self.lasting = not any(tensor.is_inference() or type(tensor) not in PLAIN_TENSORS for tensor in tensors)
+        self.of = [(tensor, tensor.detach(), tensor.data_ptr(), tensor._version) for tensor in tensors if self.lasting]
+
+    def holds(self, batch: Any, rows: Rows, tensors: tuple[torch.Tensor, ...]) -> bool:
+        """Whether the pairs are those of `rows` of `batch`, mixed from `tensors` as they are now."""
+        if self.batch is not batch or not self.lasting or self.tasks.shape != rows.tasks.shape:
+            return False
+        for now, (tensor, _, pointer, version) in zip(tensors, self.of, strict=True):
+            if now is not tensor or now.data_ptr() != pointer or now._version != version:
+                return False
+        return True

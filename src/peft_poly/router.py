@@ -44,7 +44,10 @@ def relaxed_bernoulli(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def logistic_noise(like: torch.Tensor) -> torch.Tensor:
     """`logit(u)`, u ~ U(0, 1): the noise of a relaxed Bernoulli, of the shape, dtype and device of `like`."""
-    u = torch.rand_like(like)
+    return _logistic(torch.rand_like(like))
+
+
+def _logistic(u: torch.Tensor) -> torch.Tensor:
     return torch.logit(u, eps=torch.finfo(u.dtype).eps)
 
 
@@ -67,9 +70,12 @@ def route(
     Returns:
         Two tensors `(g, h, k)`, at least float32: below that 1e-12 would underflow to 0 / 0.
     """
-    z = nn.functional.embedding(tasks, logits).view(len(tasks), n_splits, logits.shape[1] // n_splits)
-    z = z if z.dtype == torch.float64 else z.float()
-    p = torch.sigmoid(z if noise is None else (z + noise) / temperature)
+    z = torch.embedding(logits, tasks).view(tasks.shape[0], n_splits, logits.shape[1] // n_splits)
+    if z.dtype not in (torch.float32, torch.float64):
+        z = z.float()
+    if noise is not None:
+        z = z + noise if temperature == 1.0 else (z + noise) / temperature
+    p = torch.sigmoid(z)
     return normalise(p), p
 
 
@@ -143,9 +149,10 @@ class PolyRouter(Router):
         """Noise for one draw per entry of `tasks`, `(g, h, k)`; None if this router does not sample now."""
         if not self.samples:
             return None
-        dtype = torch.promote_types(self.module_logits.dtype, torch.float32)
-        shape = (len(tasks), self.n_splits, self.n_skills)
-        return logistic_noise(torch.empty(shape, dtype=dtype, device=self.module_logits.device))
+        logits = self.module_logits
+        dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
+        u = torch.rand(tasks.shape[0], self.n_splits, self.n_skills, dtype=dtype, device=logits.device)
+        return _logistic(u)
 
     def extra_repr(self) -> str:
         """The sizes."""

@@ -84,7 +84,7 @@ def resolve_task(task: Union[int, str], config: PolyConfig, adapter_name: str = 
     """
     if isinstance(task, str):
         return _id_of_name(task, config, adapter_name)
-    if isinstance(task, bool) or not hasattr(task, "__index__"):
+    if isinstance(task, bool) or not (isinstance(task, int) or hasattr(task, "__index__")):  # the compiler knows ints
         raise ValueError(f"A task must be an integer id or a name, got {task!r}.")
     if not 0 <= task < config.n_tasks:
         named = f": {', '.join(config.task_names)}" if config.task_names else ""

@@ -240,15 +240,20 @@ class TaskContext:
         return batch if note is None else note.batch
 
     def note_outputs(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the base model: lets the backward of `output` know the batch it belongs to."""
+        """Forward hook of the base model: lets the backward of `output` know the batch it belongs to.
+
+        An object that torch cannot look into is searched by its attributes.
+        """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         batch = self.current()
         if batch is None:
             return
-        for tensor in pytree.tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.register_hook(_Note(self, batch))
+        for leaf in pytree.tree_leaves(output):
+            known = isinstance(leaf, (torch.Tensor, torch.nn.Module))
+            for tensor in [leaf] if known else pytree.tree_leaves(getattr(leaf, "__dict__", None)):
+                if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+                    tensor.register_hook(_Note(self, batch))
 
     def _take_note(self, batch: TaskBatch) -> None:
         backward = torch._C._current_graph_task_id()

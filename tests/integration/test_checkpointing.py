@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import dataclass
 from functools import partial
 
 import peft
@@ -44,7 +45,8 @@ def run(model: nn.Module, step, seed: int = 5) -> Grads:
     return gradients(model)
 
 
-def equal_but_for_the_order_of_sums(got: Grads, wanted: Grads) -> None:
+def equal_but_for_rounding(got: Grads, wanted: Grads) -> None:
+    """Far closer than two draws of the noise or the dropout are."""
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()), msg=name)
@@ -68,13 +70,13 @@ def switched_on(model: nn.Module, use_reentrant: bool) -> nn.Module:
     return model
 
 
-def loss_of(case: Case, task_ids, model: nn.Module, seed: int = 0, **kwargs) -> torch.Tensor:
+def loss_of(case: Case, task_ids, model: nn.Module, seed: int = 0) -> torch.Tensor:
     inputs = case.inputs(seed=seed)
     if model.peft_config["default"].task_type != "SEQ_CLS":
         inputs["labels"] = inputs.get("decoder_input_ids", inputs["input_ids"])
     else:
         inputs["labels"] = torch.tensor([0, 1, 2])
-    return model(**inputs, task_ids=task_ids, **kwargs).loss
+    return model(**inputs, task_ids=task_ids).loss
 
 
 @REENTRANT
@@ -91,12 +93,9 @@ def test_a_mixed_batch_has_bit_equal_gradients(case, use_reentrant):
 
 @REENTRANT
 def test_an_encoder_and_a_decoder(use_reentrant):
-    """The decoder's blocks all add to the gradient of the encoder's output, in another order; so they do with LoRA."""
-    model, step = tuned("t5"), partial(loss_of, CASES["t5"], MIXED, use_cache=False)  # as checkpointing has it
-    got, wanted = run(switched_on(model, use_reentrant), step), run(model, step)
-    equal_but_for_the_order_of_sums(got, wanted)
-    decoder = [name for name in wanted if ".decoder." in name]
-    bit_equal({name: got[name] for name in decoder}, {name: wanted[name] for name in decoder})
+    """T5 takes another attention kernel while it checkpoints: its outputs are rounded otherwise, with LoRA too."""
+    model, step = tuned("t5"), partial(loss_of, CASES["t5"], MIXED)
+    equal_but_for_rounding(run(switched_on(model, use_reentrant), step), run(model, step))
 
 
 @REENTRANT
@@ -123,7 +122,7 @@ def test_shared_routers(granularity, use_reentrant):
     model, step = tuned("llama", router_granularity=granularity), partial(loss_of, CASES["llama"], MIXED)
     got, wanted = run(switched_on(model, use_reentrant), step), run(model, step)
     if granularity == "model" and use_reentrant:  # a backward per block adds to the one router
-        equal_but_for_the_order_of_sums(got, wanted)
+        equal_but_for_rounding(got, wanted)
     else:
         bit_equal(got, wanted)
 
@@ -355,6 +354,29 @@ def test_nested_checkpoints_of_an_injected_module(use_reentrant):
     bit_equal(run(checkpointed(model, use_reentrant), step), run(model, step))
 
 
+@dataclass
+class Answer:
+    """An output of the user's own kind, which torch cannot look into."""
+
+    answer: torch.Tensor
+    others: list[torch.Tensor]
+
+
+class Answering(Stack):
+    def forward(self, x: torch.Tensor) -> Answer:
+        return Answer(super().forward(x), [super().forward(2 * x)])
+
+
+@REENTRANT
+def test_outputs_of_the_users_own_kind(use_reentrant):
+    def step(model: nn.Module) -> torch.Tensor:
+        one, other = model(x(), task_ids=MIXED), model(x(4), task_ids="sst2")
+        return one.answer.sum() + other.others[0].pow(2).sum()
+
+    model = adapt(Answering(), stack_config()).train()
+    bit_equal(run(checkpointed(model, use_reentrant), step), run(model, step))
+
+
 @REENTRANT
 @pytest.mark.parametrize("inside", [None, True, False], ids=["no inner", "inner reentrant", "inner not reentrant"])
 def test_a_checkpoint_around_the_whole_call(use_reentrant, inside):
@@ -389,11 +411,10 @@ def test_a_reentrant_checkpoint_around_a_call_inside_use_task_is_never_computed_
 
 # --------------------------------------------------------------------------------------------------------- memory
 def test_notes_of_graphs_that_are_gone_hold_nothing():
-    model = stack()
-    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, peft_poly.tasks.TaskBatch)}
+    model, given = stack(), torch.tensor(MIXED)
     for seed in range(3):
-        model(x(seed), task_ids=MIXED).sum().backward()
-    model(x(), task_ids=MIXED)  # and one without a backward
+        model(x(seed), task_ids=given).sum().backward()
+    model(x(), task_ids=given)  # and one without a backward
     gc.collect()
-    after = {id(thing) for thing in gc.get_objects() if isinstance(thing, peft_poly.tasks.TaskBatch)}
-    assert after <= before
+    alive = [thing for thing in gc.get_objects() if type(thing) is peft_poly.tasks.TaskBatch]
+    assert [batch for batch in alive if batch.given is given] == []

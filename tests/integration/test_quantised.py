@@ -214,6 +214,21 @@ def test_weights_that_bitsandbytes_has_repacked_are_not_merged_into(base_folder)
     assert not any(layer.merged for layer in layers(model))
 
 
+@BITSANDBYTES
+def test_the_repacking_that_some_cpus_do_is_noticed(base_folder):
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("needs a CPU with avx512_bf16")
+    model = adapted(base_folder, "nf4")
+    for layer in layers(model):
+        layer.get_base_layer().support_avx512bf16_for_cpu = True
+    routed = logits(model, task_ids="rte")
+    with pytest.raises(ValueError, match="cannot be read any more"):
+        model.merge_adapter(task="rte")
+    assert torch.equal(logits(model, task_ids="rte"), routed)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_unmerging_comes_back_to_the_base_as_far_as_its_bits_allow(base_folder, kind):
     model = adapted(base_folder, kind)
