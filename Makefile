@@ -1,7 +1,7 @@
 # `make` lists the verbs. Each makes the virtual environment it needs first, and makes it anew when setup.py changes.
 #
 #   make test PYTHON=python3.12                   another Python (3.10 or newer)
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      PyTorch's CPU build
+#   make test TORCH="torch==2.13.0 --index-url ..."  another build of PyTorch, such as the one for CPUs only
 #   make test PYTEST_ARGS="tests/test_config.py"  some of the tests; "-m slow" for those that need minutes
 #   make demo DEMO_ARGS="--seeds 0 1 2"           settings of examples/train_multitask.py
 

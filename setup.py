@@ -21,10 +21,10 @@ EXTRAS["test"] = [
     *EXTRAS["demo"],
     *EXTRAS["plot"],
     "bitsandbytes>=0.48",
-    "build>=1.2",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "pytest>=8.3",
+    "setuptools>=77",
 ]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
@@ -35,7 +35,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The peft-poly authors",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     keywords=["adapters", "lora", "multi-task", "peft", "polytropon", "multi-head routing"],
     package_dir={"": "src"},
     packages=find_packages("src"),

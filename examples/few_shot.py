@@ -56,10 +56,9 @@ class FewShotArguments:
     max_steps: int = HfArg(default=-1, help="Stop that training after so many steps; -1 goes by the epochs.")
     rows: int = HfArg(default=16, help="Rows of a new task to learn from.")
     draws: int = HfArg(default=2, help="How often these rows are drawn; the table has the mean.")
-    steps: int = HfArg(default=15, help="Steps on these rows, all of them in each.")
-    lr: float = HfArg(default=1e-2, help="Learning rate of skills on these rows.")
-    router_lr: float = HfArg(default=1e-1, help="Learning rate of routers on these rows.")
-    lora_lr: float = HfArg(default=1e-2, help="Learning rate of the LoRA from scratch.")
+    steps: int = HfArg(default=10, help="Steps on these rows, all of them in each.")
+    lr: float = HfArg(default=3e-3, help="Learning rate of skills, and of the LoRA from scratch, on these rows.")
+    router_lr: float = HfArg(default=1.0, help="Learning rate of routers on these rows; 0.1 is for many more steps.")
     eval_split: str = HfArg(default="test", help="Split of the table. Choose settings on `validation`, report `test`.")
     seed: int = HfArg(default=0, help="Seed of everything.")
 
@@ -159,7 +158,7 @@ class Run:
         batch, n_tasks = collate(rows), len(self.known) + 1
         set_seed(args.seed + draw)
         lora = self.from_scratch()
-        self.score(SCRATCH, lora, torch.optim.AdamW(lora.parameters(), lr=args.lora_lr), task, batch, collate)
+        self.score(SCRATCH, lora, torch.optim.AdamW(lora.parameters(), lr=args.lr), task, batch, collate)
         self.sizes[SCRATCH] = n_trainable(lora)
         progress()
         for way in WAYS:

@@ -16,8 +16,9 @@ What is cheap, and why `add_update` chooses as it does:
   brought together by task, `n g l (in + out)` numbers, where a group has up to n rows of l tokens. With few tokens
   (decoding) the second is far less; with many the first, and then the pairs are mixed for the rows at once, which costs
   no more than copying them would. Neither outlives the call.
-- **Orientation**: `(A^T x^T)` is a wide and short product where `x A` is a tall and thin one, which BLAS on a CPU runs
-  two to four times slower for r < 16. With few tokens there is no difference, and `x A` needs no transposed operand.
+- **Orientation**: `A^T x^T` is a wide and short product where `x A` is a tall and thin one, which BLAS on a CPU runs two
+  to four times slower for r < 16. A mixed A therefore lies in memory as `(r, in)`: half the time again for many tokens
+  or few, and the backward wants it so too.
 - **Blocks**: `(m, r) B` with small r and large m is up to 1.6 times faster there as a batch of 32-row products.
 - **The scale** rides as `alpha` on the product that adds to `y`.
 """
@@ -40,17 +41,17 @@ __all__ = [
     "to_add_to",
 ]
 
-FEW_TOKENS = 16  # below: x A; from here on: A^T x^T
 NARROW, BLOCK, BLOCKED = 16, 32, 1 << 18  # one product of rank < NARROW with so many results runs in blocks of rows
 
 
 def mix_A(w: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """`A_t[(h, d), r] = sum_k w[h, k] A[h, k, d, r]`: `(g, h, k), (h, k, d, r) -> (g, h * d, r)`, dtype of A."""
+    """`A_t[(h, d), r] = sum_k w[h, k] A[h, k, d, r]`: `(g, h, k), (h, k, d, r) -> (g, h * d, r)`, dtype of A.
+
+    In memory it is `(g, r, h * d)`.
+    """
     h, k, d, r = A.shape
     mixed = torch.bmm(_as(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r))
-    if w.shape[0] == 1:  # one pair: its splits already lie in order
-        return mixed.view(1, h * d, r)
-    return mixed.transpose(0, 1).reshape(-1, h * d, r)
+    return mixed.view(h, -1, d, r).permute(1, 3, 0, 2).reshape(-1, r, h * d).transpose(1, 2)
 
 
 def mix_B(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -105,10 +106,11 @@ def add_update(
         add_in_runs(y, x, A, B, scale)
     elif rows.padded is not None and rows.place is not None and cheaper_together(rows, x, A.shape[-1]):
         together = x.index_select(0, rows.padded).view(A.shape[0], -1, x.shape[-1])
-        update = torch.bmm(torch.bmm(together, A), B).view(len(rows.padded), *y.shape[1:])
+        u = torch.bmm(A.transpose(1, 2), together.transpose(1, 2)).transpose(1, 2)
+        update = torch.bmm(u, B).view(len(rows.padded), *y.shape[1:])
         y.add_(update.index_select(0, rows.place), alpha=scale)
     else:
-        add_in_runs(y, x, A.index_select(0, rows.index), B.index_select(0, rows.index), scale)
+        add_in_runs(y, x, A.transpose(1, 2).index_select(0, rows.index).transpose(1, 2), B.index_select(0, rows.index), scale)
     return y
 
 
@@ -138,10 +140,7 @@ def add_in_runs(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tens
     if A.shape[0] == 1:  # plain products have less overhead than a batch of one
         return add_one(y, x, A[0], B[0], scale).unsqueeze(0)
     tokens = in_runs(x, A.shape[0])
-    if tokens.shape[1] < FEW_TOKENS:
-        u = torch.bmm(tokens, A)
-    else:
-        u = torch.bmm(A.transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
+    u = torch.bmm(A.transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
     if y.dtype == B.dtype:
         in_runs(y, A.shape[0]).baddbmm_(u, B, alpha=scale)
     else:
@@ -153,7 +152,7 @@ def add_one(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, 
     """`add_in_runs` of one pair for all rows, A `(in, r)` and B `(r, out)`; returns u `(m, r)`."""
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     m, (r, out) = tokens.shape[0], B.shape
-    u = torch.mm(tokens, A) if m < FEW_TOKENS else torch.mm(A.t(), tokens.t()).t()
+    u = torch.mm(A.t(), tokens.t()).t()
     if y.dtype != B.dtype:
         y.add_(torch.mm(u, B).view(y.shape), alpha=scale)
     elif r < NARROW and m * out > BLOCKED and m % BLOCK == 0 and not y.is_cuda:
