@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from peft_poly import Linear, PolyConfig, PolyLayer, use_task
+from peft_poly import Linear, PolyConfig, PolyLayer, paths, use_task
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -137,18 +137,20 @@ def test_a_merged_forward_runs_the_operations_of_the_bare_model_and_no_others():
     assert routed != bare
 
 
-def test_a_merged_layer_calls_its_base_layer_and_nothing_else():
+def test_a_merged_layer_calls_its_base_layer_and_nothing_else(monkeypatch):
     model = adapted("mlp")
     calls: Counter = Counter()
+    mixed = paths.mixed
+    monkeypatch.setattr(paths, "mixed", lambda *args: (calls.update(["mixed"]), mixed(*args))[1])
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.update([name.rpartition(".")[2]]))
     logits(model, "mlp", task_ids=0)
-    assert calls["default"] > 0  # routers and dropouts
+    assert calls["mixed"] == 2  # one pair per layer
     model.merge_adapter(task=0)
     calls.clear()
     logits(model, "mlp", task_ids=0)
     assert calls["base_layer"] == 2
-    assert calls["default"] == 0
+    assert calls["mixed"] == 0
 
 
 def test_merged_weights_generate_as_the_routed_adapter_does():

@@ -129,9 +129,10 @@ class TestDistributions:
     def test_an_installed_copy_runs_by_itself(self, installed, tmp_path):
         assert (installed / "peft_poly/py.typed").exists()
         env = {**os.environ, "PYTHONPATH": str(installed)}
-        where = run(sys.executable, "-c", "import peft_poly; print(peft_poly.__file__)", cwd=tmp_path, env=env)
-        assert Path(where.strip()).is_relative_to(installed)
-        assert peft_poly.__version__ in run(sys.executable, "-m", "peft_poly", "--version", cwd=tmp_path, env=env)
+        code = "import peft_poly; from peft_poly.cli import main; print(peft_poly.__file__); main(['--version'])"
+        where, version = run(sys.executable, "-c", code, cwd=tmp_path, env=env).splitlines()
+        assert Path(where).is_relative_to(installed)
+        assert peft_poly.__version__ in version
 
     def test_the_command_line_is_installed(self, installed):
         script = "Scripts/peft-poly.exe" if os.name == "nt" else "bin/peft-poly"

@@ -110,7 +110,9 @@ def add_update(
         update = torch.bmm(u, B).view(len(rows.padded), *y.shape[1:])
         y.add_(update.index_select(0, rows.place), alpha=scale)
     else:
-        add_in_runs(y, x, A.transpose(1, 2).index_select(0, rows.index).transpose(1, 2), B.index_select(0, rows.index), scale)
+        add_in_runs(
+            y, x, A.transpose(1, 2).index_select(0, rows.index).transpose(1, 2), B.index_select(0, rows.index), scale
+        )
     return y
 
 

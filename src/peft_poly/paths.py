@@ -94,6 +94,9 @@ def only(
             adapted = adapted.to(A.dtype)
         result = add_update(result, adapted, A, B, layer.scaling[name], rows, owned)
         owned = True
+    kept = kept_in_generation()
+    if kept is not None and not layer.training and not args and not kwargs:
+        Shortcut.keep(kept, layer, x, active, batch, rows)
     return result
 
 
@@ -211,7 +214,76 @@ class Kept:
         """Whether the pairs are those of `rows` of `batch`, mixed from `tensors` as they are now."""
         if self.batch is not batch or not self.lasting or self.tasks.shape != rows.tasks.shape:
             return False
-        for now, (tensor, _, pointer, version) in zip(tensors, self.of, strict=True):
-            if now is not tensor or now.data_ptr() != pointer or now._version != version:
+        return all(now is of[0] for now, of in zip(tensors, self.of, strict=True)) and self.unchanged()
+
+    def unchanged(self) -> bool:
+        """Whether the tensors that the pairs were mixed from are as they were."""
+        for tensor, _, pointer, version in self.of:
+            if tensor.data_ptr() != pointer or tensor._version != version:
                 return False
         return True
+
+
+class Shortcut:
+    """What `only` found out about a layer in a `generate`, for the next token to go straight to the products.
+
+    It holds for one adapter on a plain `nn.Linear`, and as long as nothing that `only` looks at is another.
+    """
+
+    @staticmethod
+    def keep(kept: dict[Any, Any], layer: Linear, x: torch.Tensor, active: list[str], batch: Any, rows: Rows) -> None:
+        """Keep one for `layer` if it can have one."""
+        base: Any = layer._modules["base_layer"]
+        entry = kept.get((layer, active[0]))
+        plain = type(base) is nn.Linear and not is_watched(base) and base._parameters.get("weight") is not None
+        if plain and len(active) == 1 and entry.lasting and x.dtype == entry.A.dtype and x.dim() > 1:
+            kept[layer] = Shortcut(layer, x, active[0], base, entry, rows)
+
+    def __init__(self, layer: Linear, x: torch.Tensor, name: str, base: Any, entry: Kept, rows: Rows) -> None:
+        modules: Any = layer._modules
+        router, dropout = modules["poly_router"]._modules[name], modules["poly_dropout"]._modules[name]
+        A, B, logits = (of[0] for of in entry.of)
+        self.name, self.active, self.base, self.entry, self.rows = name, layer._active_adapter, base, entry, rows
+        self.n_rows, self.dtype, self.device_type = x.shape[0], x.dtype, x.device.type
+        self.dropout = None if type(dropout) is nn.Identity else dropout
+        self.one = (entry.A[0], entry.B[0]) if entry.A.shape[0] == 1 else None
+        self.places: list[tuple[dict[str, Any], str, Any]] = [
+            (modules, "base_layer", base),
+            (modules["poly_router"]._modules, name, router),
+            (modules["poly_lora_A"]._parameters, name, A),
+            (modules["poly_lora_B"]._parameters, name, B),
+            (router._parameters, "module_logits", logits),
+        ]
+
+    def leads(self, layer: Linear, x: torch.Tensor) -> bool:
+        """Whether `layer(x)` may go this way."""
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(self.device_type)
+            or layer.training
+            or layer._disable_adapters
+            or layer.merged_adapters
+            or layer._active_adapter != self.active
+            or type(x) not in PLAIN_TENSORS
+            or x.shape[0] != self.n_rows
+            or x.dtype != self.dtype
+            or (self.dropout is not None and self.dropout.training)
+            or layer.task_context.current() is not self.entry.batch
+            or is_watched(self.base)
+        ):
+            return False
+        for where, key, thing in self.places:
+            if where.get(key) is not thing:
+                return False
+        return self.entry.unchanged()
+
+    def go(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        """`layer(x)`."""
+        parameters = self.base._parameters
+        y = nn.functional.linear(x, parameters["weight"], parameters["bias"])
+        if self.one is None or x.dim() != 3 or x.shape[1] != 1:
+            return add_update(y, x, self.entry.A, self.entry.B, layer.scaling[self.name], self.rows, True)
+        A, B = self.one
+        y[:, 0].addmm_(torch.mm(x[:, 0], A), B, alpha=layer.scaling[self.name])
+        return y
