@@ -11,7 +11,7 @@ operations would keep a mixed pair per row. Letters as in `mixing`; n is the noi
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -51,7 +51,10 @@ class PolyUpdate(torch.autograd.Function):
         logits `(t, h * k)`, tasks `(g,)` for g equal runs of rows, noise `(g, h, k)`; returns `(b, ..., out)`.
         """
         w, p = route(logits, tasks, noise, temperature, A.shape[0])
-        y = to_add_to(torch.nn.functional.linear(x, weight, bias) if base is None else base, owned=base is None)
+        if base is None and weight is not None:
+            y = torch.nn.functional.linear(x, weight, bias)
+        else:
+            y = to_add_to(cast(torch.Tensor, base), owned=False)
         u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A), mix_B(w, B), scale)
         ctx.save_for_backward(x, u, w, p, A, B, weight, tasks)
         ctx.n_tasks, ctx.logits_dtype = logits.shape[0], logits.dtype
@@ -98,7 +101,7 @@ class PolyUpdate(torch.autograd.Function):
 def grad_input(
     grad: torch.Tensor, grad_u: torch.Tensor, A: torch.Tensor, weight: Optional[torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The gradient of x: `(g, m, out), (g, m, r), (g, r, in), (out, in) -> (g, m, in)`; without a weight, `grad_u A`."""
+    """The gradient of x: `(g, m, out), (g, m, r), (g, r, in), (out, in) -> (g, m, in)`; with no weight, `grad_u A`."""
     if weight is None or not weight.dtype == grad.dtype == A.dtype == dtype:
         through_A = torch.bmm(grad_u, A).to(dtype)
         return through_A if weight is None else through_A + torch.matmul(grad, weight)

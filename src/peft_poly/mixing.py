@@ -16,9 +16,9 @@ What is cheap, and why `add_update` chooses as it does:
   brought together by task, `n g l (in + out)` numbers, where a group has up to n rows of l tokens. With few tokens
   (decoding) the second is far less; with many the first, and then the pairs are mixed for the rows at once, which costs
   no more than copying them would. Neither outlives the call.
-- **Orientation**: `A^T x^T` is a wide and short product where `x A` is a tall and thin one, which BLAS on a CPU runs two
-  to four times slower for r < 16. A mixed A therefore lies in memory as `(r, in)`: half the time again for many tokens
-  or few, and the backward wants it so too.
+- **Orientation**: `A^T x^T` is a wide and short product where `x A` is a tall and thin one, which BLAS on a CPU runs
+  two to four times slower for r < 16. A mixed A therefore lies in memory as `(r, in)`: half the time again for many
+  tokens or few, and the backward wants it so too.
 - **Blocks**: `(m, r) B` with small r and large m is up to 1.6 times faster there as a batch of 32-row products.
 - **The scale** rides as `alpha` on the product that adds to `y`.
 """

@@ -138,7 +138,12 @@ def frozen_product(base: Any) -> tuple[Optional[torch.Tensor], Optional[torch.Te
     if type(base) is not nn.Linear or is_watched(base):
         return None, None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if type(weight) not in PLAIN_TENSORS or weight.requires_grad or (bias is not None and bias.requires_grad):
+    if (
+        weight is None
+        or type(weight) not in PLAIN_TENSORS
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
         return None, None
     return (None, None) if bias is None and base.bias is not None else (weight, bias)
 
@@ -234,7 +239,7 @@ class Shortcut:
     def keep(kept: dict[Any, Any], layer: Linear, x: torch.Tensor, active: list[str], batch: Any, rows: Rows) -> None:
         """Keep one for `layer` if it can have one."""
         base: Any = layer._modules["base_layer"]
-        entry = kept.get((layer, active[0]))
+        entry: Any = kept.get((layer, active[0]))
         plain = type(base) is nn.Linear and not is_watched(base) and base._parameters.get("weight") is not None
         if plain and len(active) == 1 and entry.lasting and x.dtype == entry.A.dtype and x.dim() > 1:
             kept[layer] = Shortcut(layer, x, active[0], base, entry, rows)
