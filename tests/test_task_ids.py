@@ -148,7 +148,9 @@ def test_what_is_no_integer_is_refused(given, said):
         resolve_tasks(given, NAMED)
 
 
-@pytest.mark.parametrize("given", [{"rte"}, {"rte": 0}, object(), b"rte", lambda: 0], ids=repr)
+@pytest.mark.parametrize(
+    "given", [{"rte"}, {"rte": 0}, object(), b"rte", lambda: 0], ids=["set", "dict", "object", "bytes", "function"]
+)
 def test_what_is_no_batch_at_all_is_refused(given):
     match = "task_ids must be a tensor, a list of ids or names, one id or one name, got " + type(given).__name__
     with pytest.raises(ValueError, match=match):

@@ -52,7 +52,7 @@ class PolyUpdate(torch.autograd.Function):
         """
         w, p = route(logits, tasks, noise, temperature, A.shape[0])
         if base is None and weight is not None:
-            y = torch.nn.functional.linear(x, weight, bias)
+            y = to_add_to(torch.nn.functional.linear(x, weight, bias), owned=True)
         else:
             y = to_add_to(cast(torch.Tensor, base), owned=False)
         u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A), mix_B(w, B), scale)
