@@ -10,6 +10,7 @@ compat.add_peft_type()
 
 from .config import PolyConfig  # noqa: E402
 from .conversion import convert_checkpoint  # noqa: E402
+from .export import export_lora  # noqa: E402
 from .from_loras import from_loras  # noqa: E402
 from .layer import Linear, PolyLayer  # noqa: E402
 from .model import PolyModel  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "Router",
     "convert_checkpoint",
     "create_poly_optimizer",
+    "export_lora",
     "from_loras",
     "get_router",
     "use_task",

@@ -55,6 +55,8 @@ def resolve_tasks(
     ids = _integer_ids(task_ids if isinstance(task_ids, torch.Tensor) else _listed(task_ids, config, adapter_name))
     if ids.dim() == 2 and ids.shape[1] == 1:
         ids = ids[:, 0]
+    if ids.numel() == 0 and n_rows:
+        raise ValueError(f"task_ids has 0 entries but the batch has {n_rows} rows. Pass one id per row.")
     if ids.dim() > 1 or ids.numel() == 0:
         raise ValueError(f"task_ids must have the shape (batch,) or (batch, 1), got {tuple(ids.shape)}.")
     one_for_all = ids.dim() == 0
@@ -114,6 +116,8 @@ def _integer_ids(ids: torch.Tensor) -> torch.Tensor:
 def _listed(task_ids: Any, config: PolyConfig, adapter_name: str) -> torch.Tensor:
     if getattr(getattr(task_ids, "dtype", None), "kind", None) in ("O", "U"):  # a numpy array of names
         task_ids = task_ids.tolist()
+    if isinstance(task_ids, (bool, float)):
+        raise ValueError(f"task_ids must be integers or task names, got {task_ids!r}.")
     if isinstance(task_ids, (list, tuple)):
         for task in task_ids:
             if task is None or isinstance(task, (bool, float, bytes)):
@@ -140,6 +144,7 @@ def _id_of_name(name: str, config: PolyConfig, adapter_name: str) -> int:
         )
     if name in config.task_names:
         return config.task_names.index(name)
-    near = difflib.get_close_matches(name, config.task_names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    folded = {known.casefold(): known for known in config.task_names}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    hint = f" Did you mean {folded[near[0]]!r}?" if near else ""
     raise ValueError(f"Unknown task {name!r}.{hint} Adapter {adapter_name!r} knows: {', '.join(config.task_names)}.")

@@ -56,10 +56,12 @@ def working(what: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers to errors, and to progress bars where somebody looks."""
+    """Keep transformers and the Hub client to errors, and to progress bars where somebody looks."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
