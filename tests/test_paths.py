@@ -72,7 +72,7 @@ class TestChoice:
         with peft.helpers.disable_input_dtype_casting(model):
             assert paths.choose_path(layer, x, ["default"]) is paths.plain
             assert paths.choose_path(layer, x.float(), ["default"]) is paths.for_backward
-            with pytest.raises(RuntimeError, match="BFloat16|same dtype"):
+            with pytest.raises(RuntimeError, match=r"BFloat16|same dtype"):
                 layer(x, task_ids=[0, 1])
 
 

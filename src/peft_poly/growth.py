@@ -113,7 +113,8 @@ def _check_new_names(config: PolyConfig, adapter_name: str, names: Union[Sequenc
         return names
     if not isinstance(names, (list, tuple)):
         raise ValueError(
-            f"The tasks of adapter {adapter_name!r} have names: pass a list of new ones, such as ['rte'], got {names!r}."
+            f"The tasks of adapter {adapter_name!r} have names: pass a list of new ones, such as ['rte'], got "
+            f"{names!r}."
         )
     check_task_names(names)
     taken = sorted(set(names) & set(config.task_names))

@@ -252,6 +252,7 @@ class Shortcut:
         self.n_rows, self.dtype, self.device_type = x.shape[0], x.dtype, x.device.type
         self.dropout = None if type(dropout) is nn.Identity else dropout
         self.one = (entry.A[0], entry.B[0]) if entry.A.shape[0] == 1 else None
+        self.each = rows.index is None and entry.A.shape[0] == self.n_rows
         self.places: list[tuple[dict[str, Any], str, Any]] = [
             (modules, "base_layer", base),
             (modules["poly_router"]._modules, name, router),
@@ -285,10 +286,12 @@ class Shortcut:
 
     def go(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
         """`layer(x)`."""
-        parameters = self.base._parameters
-        y = nn.functional.linear(x, parameters["weight"], parameters["bias"])
-        if self.one is None or x.dim() != 3 or x.shape[1] != 1:
-            return add_update(y, x, self.entry.A, self.entry.B, layer.scaling[self.name], self.rows, True)
-        A, B = self.one
-        y[:, 0].addmm_(torch.mm(x[:, 0], A), B, alpha=layer.scaling[self.name])
-        return y
+        parameters, scale = self.base._parameters, layer.scaling[self.name]
+        weight, bias, A, B = parameters["weight"], parameters["bias"], self.entry.A, self.entry.B
+        if x.dim() != 3 or x.shape[1] != 1 or not (self.one or self.each):
+            return add_update(nn.functional.linear(x, weight, bias), x, A, B, scale, self.rows, True)
+        tokens = x.squeeze(1)
+        y = nn.functional.linear(tokens, weight, bias)
+        if self.one is not None:
+            return y.addmm_(torch.mm(tokens, self.one[0]), self.one[1], alpha=scale).unsqueeze(1)
+        return y.unsqueeze(1).baddbmm_(torch.bmm(x, A), B, alpha=scale)
