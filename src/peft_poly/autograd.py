@@ -110,5 +110,6 @@ def grad_input(
 
 def grad_route(grad_w: torch.Tensor, w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """The gradient of the logits from that of w: `w (grad_w - sum_k grad_w w) (1 - p)`, `(g, h, k)`."""
-    inner = (grad_w * w).sum(dim=-1, keepdim=True)
-    return w * (grad_w - inner) * (1 - p)
+    grad = w * grad_w
+    grad.addcmul_(w, grad.sum(dim=-1, keepdim=True), value=-1)
+    return grad.addcmul_(grad, p, value=-1)

@@ -235,6 +235,10 @@ class Shortcut:
     It holds for one adapter on a plain `nn.Linear`, and as long as nothing that `only` looks at is another.
     """
 
+    __slots__ = (
+        "active", "base", "device_type", "dropout", "dtype", "each", "entry", "n_rows", "name", "one", "places", "rows",
+    )  # fmt: skip
+
     @staticmethod
     def keep(kept: dict[Any, Any], layer: Linear, x: torch.Tensor, active: list[str], batch: Any, rows: Rows) -> None:
         """Keep one for `layer` if it can have one."""
