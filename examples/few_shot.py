@@ -94,12 +94,11 @@ def nearest_task(ranker: Ranker, batch: dict[str, Any]) -> str:
     return min(losses, key=losses.__getitem__)
 
 
-def meet(way: Way, trained: Ranker, task: str, batch: dict[str, Any]) -> Ranker:
+def meet(verb: str, init: str, trained: Ranker, task: str) -> Ranker:
     """A copy of the trained ranker that knows the new task."""
     ranker = copy.deepcopy(trained)
-    init = nearest_task(ranker, batch) if way.init == "nearest" else way.init
     ranker.encoder.add_tasks([task], init=init)
-    getattr(ranker.encoder, way.verb)()
+    getattr(ranker.encoder, verb)()
     return ranker
 
 
@@ -135,6 +134,7 @@ class Run:
                 raise ValueError(f"Task {task!r} has {found} training rows, fewer than --rows {args.rows}.")
         self.scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
         self.sizes: dict[str, int] = {}
+        self.untaught: dict[tuple[str, str], float] = {}  # accuracies before learning, which some runs have in common
 
     def pretrain(self) -> Ranker:
         """The ranker, with an adapter that has learned the known tasks."""
@@ -158,23 +158,32 @@ class Run:
         batch, n_tasks = collate(rows), len(self.known) + 1
         set_seed(args.seed + draw)
         lora = self.from_scratch()
-        self.score(SCRATCH, lora, torch.optim.AdamW(lora.parameters(), lr=args.lr), task, batch, collate)
+        optimizer = torch.optim.AdamW(lora.parameters(), lr=args.lr)
+        self.score(SCRATCH, (task, SCRATCH), lora, optimizer, batch, collate)
         self.sizes[SCRATCH] = n_trainable(lora)
         progress()
+        nearest = nearest_task(trained, batch)
         for way in WAYS:
-            ranker = meet(way, trained, task, batch)
+            init = nearest if way.init == "nearest" else way.init
+            ranker = meet(way.verb, init, trained, task)
             rates = {"lr": args.lr, "router_lr": args.router_lr}
             optimizer = create_poly_optimizer(ranker, torch.optim.AdamW, **rates, weight_decay=0.0)
-            self.score(way.name, ranker, optimizer, task, batch, collate)
+            start = (task, way.verb if way.verb == "average_skills" else init)
+            self.score(way.name, start, ranker, optimizer, batch, collate)
             self.sizes[way.name] = numbers_that_learn(ranker, n_tasks)
             progress()
 
-    def score(self, name: str, ranker: Ranker, optimizer: Any, task: str, batch: Any, collate: Collator) -> None:
-        """Accuracy on the rows of the table before and after the ranker learns."""
+    def score(
+        self, name: str, start: tuple[str, str], ranker: Ranker, optimizer: Any, batch: Any, collate: Any
+    ) -> None:
+        """Accuracy on the rows of the table before and after the ranker learns; `start` is its task and its start."""
+        task = start[0]
         test = rows_of({task: self.new[task]}, self.args.eval_split)
-        before = accuracies(predict(ranker, test, collate), test)["mean"]
+        if start not in self.untaught:
+            self.untaught[start] = accuracies(predict(ranker, test, collate), test)["mean"]
         learn(ranker, optimizer, batch, self.args.steps)
-        self.scores[name][task].append((before, accuracies(predict(ranker, test, collate), test)["mean"]))
+        after = accuracies(predict(ranker, test, collate), test)["mean"]
+        self.scores[name][task].append((self.untaught[start], after))
 
     def table(self) -> Table:
         args = self.args

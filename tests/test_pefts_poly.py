@@ -103,7 +103,7 @@ def test_a_plain_peft_model_takes_no_ids():
 
 def test_an_injected_model_takes_no_ids():
     model = llama()
-    model.add_adapter(peft.PolyConfig(target_modules=["q_proj"], n_tasks=3))
+    peft.inject_adapter_in_model(peft.PolyConfig(target_modules=["q_proj"], n_tasks=3), model)
     with pytest.raises(ValueError, match="task_ids should not be None"):
         model(input_ids=IDS, task_ids=TASKS)
 

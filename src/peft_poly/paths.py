@@ -94,9 +94,6 @@ def only(
             adapted = adapted.to(A.dtype)
         result = add_update(result, adapted, A, B, layer.scaling[name], rows, owned)
         owned = True
-    kept = kept_in_generation()
-    if kept is not None and not layer.training and not args and not kwargs:
-        Shortcut.keep(kept, layer, x, active, batch, rows)
     return result
 
 
@@ -187,9 +184,11 @@ def pairs_of_rows(
         rows = ungrouped_rows(row_tasks(layer, name, batch, n_rows).to(x.device, non_blocking=True))
     if kept is None:
         return rows, *mixed(layer, name, rows.tasks)
-    entry = kept.get((layer, name))
-    if entry is None or not entry.holds(batch, rows, tensors_of(layer, name)):
-        entry = kept[layer, name] = Kept(batch, rows, tensors_of(layer, name), *mixed(layer, name, rows.tasks))
+    entry, tensors = kept.get((layer, name)), tensors_of(layer, name)
+    if entry is None or not entry.holds(batch, rows, tensors):
+        entry = kept[layer, name] = Kept(batch, rows, tensors, *mixed(layer, name, rows.tasks))
+    else:  # not the first token: there will be more
+        Shortcut.keep(kept, layer, x, name, entry, rows)
     return rows, entry.A, entry.B
 
 
@@ -240,13 +239,12 @@ class Shortcut:
     )  # fmt: skip
 
     @staticmethod
-    def keep(kept: dict[Any, Any], layer: Linear, x: torch.Tensor, active: list[str], batch: Any, rows: Rows) -> None:
+    def keep(kept: dict[Any, Any], layer: Linear, x: torch.Tensor, name: str, entry: Kept, rows: Rows) -> None:
         """Keep one for `layer` if it can have one."""
         base: Any = layer._modules["base_layer"]
-        entry: Any = kept.get((layer, active[0]))
         plain = type(base) is nn.Linear and not is_watched(base) and base._parameters.get("weight") is not None
-        if plain and len(active) == 1 and entry.lasting and x.dtype == entry.A.dtype and x.dim() > 1:
-            kept[layer] = Shortcut(layer, x, active[0], base, entry, rows)
+        if plain and layer.active_adapters == [name] and x.dtype == entry.A.dtype and x.dim() > 1:
+            kept[layer] = Shortcut(layer, x, name, base, entry, rows)
 
     def __init__(self, layer: Linear, x: torch.Tensor, name: str, base: Any, entry: Kept, rows: Rows) -> None:
         modules: Any = layer._modules

@@ -237,6 +237,7 @@ def test_two_adapters_at_once(use_reentrant):
     bit_equal(run(switched_on(model.train(), use_reentrant), step), run(model, step))
 
 
+@pytest.mark.transformers_door
 @REENTRANT
 def test_a_model_with_an_adapter_of_transformers(use_reentrant):
     base = CASES["llama"].make()

@@ -260,6 +260,7 @@ def test_a_part_of_a_model_that_was_injected_by_itself():
 NATIVE = ["t5", "llama", "gpt2", "bert"]
 
 
+@pytest.mark.transformers_door
 @pytest.mark.parametrize("case", NATIVE)
 def test_a_model_with_an_adapter_of_transformers(case):
     base = CASES[case].make().eval()
@@ -280,6 +281,7 @@ def test_a_model_with_an_adapter_of_transformers(case):
     assert torch.equal(tensor(base(**inputs)), plain)
 
 
+@pytest.mark.transformers_door
 @pytest.mark.parametrize("case", ["t5", "llama"])
 def test_transformers_saves_and_loads_the_adapter(case, tmp_path):
     base = CASES[case].make().eval()
@@ -305,6 +307,7 @@ def test_transformers_loads_what_a_peft_model_saved(tmp_path):
         same(tensor(pristine(**inputs)), dense_rows(model, inputs, MIXED))
 
 
+@pytest.mark.transformers_door
 def test_adapters_of_transformers_are_switched_and_deleted():
     base, inputs = tiny.llama().eval(), inputs_for(tiny.llama())
     plain = tensor(base(**inputs))
@@ -329,6 +332,7 @@ def test_adapters_of_transformers_are_switched_and_deleted():
     assert torch.equal(tensor(base(**inputs)), plain)
 
 
+@pytest.mark.transformers_door
 def test_a_deleted_adapters_name_can_be_used_again_for_other_tasks():
     base, inputs = tiny.llama().eval(), inputs_for(tiny.llama())
     for n_tasks in (2, 3, 5):
@@ -342,6 +346,7 @@ def test_a_deleted_adapters_name_can_be_used_again_for_other_tasks():
         base.delete_adapter("default")
 
 
+@pytest.mark.transformers_door
 def test_transformers_keeps_lora_beside_it():
     base, inputs = tiny.llama().eval(), inputs_for(tiny.llama())
     base.add_adapter(poly("llama", task_names=TASKS, target_modules=["q_proj", "o_proj"]), adapter_name="tasks")

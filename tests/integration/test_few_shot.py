@@ -118,7 +118,7 @@ def test_a_newcomer_that_trains_its_router_row_leaves_the_known_tasks_as_they_we
     batch = script.Collator(run.tokenizer, [*run.known, "animal"], 64)(script.rows_of(run.new, "train"))
     known = script.Collator(run.tokenizer, run.known, 64)(script.rows_of(run.known, "train"))
     before = trained.eval()(**known)["logits"]
-    ranker = script.meet(script.Way("z", "uniform", "train_router_only"), trained, "animal", batch)
+    ranker = script.meet("train_router_only", "uniform", trained, "animal")
     optimizer = script.create_poly_optimizer(ranker, torch.optim.AdamW, lr=0.1, weight_decay=0.0)
     loss = ranker.eval()(**batch)["loss"].item()
     script.learn(ranker, optimizer, batch, steps=5)

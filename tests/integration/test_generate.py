@@ -156,9 +156,12 @@ def test_a_plain_peft_model_generates_too(case, mode):
     same_tokens(model.generate(**inputs, **LENGTH, **MODES[mode], task_ids=MIXED), wanted)
 
 
+ADDED = pytest.param("added by transformers", marks=pytest.mark.transformers_door)
+
+
 @pytest.mark.parametrize("case", MODELS)
 @pytest.mark.parametrize("mode", ["greedy", "several returned"])
-@pytest.mark.parametrize("how", ["injected", "added by transformers"])
+@pytest.mark.parametrize("how", ["injected", ADDED])
 def test_a_model_without_a_peft_model_generates_inside_use_task(case, mode, how):
     base = sharpen(CASES[case].make())
     if how == "injected":
