@@ -25,7 +25,7 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.6",
     "pytest>=8.3",
     "setuptools>=77",
-    "transformers>=4.57,!=5.24.*",  # its own `add_adapter` refuses every released PEFT: tests of that door would be skipped
+    "transformers>=4.57,!=5.24.*",  # its own `add_adapter` refuses every released PEFT
 ]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
