@@ -16,6 +16,7 @@ from torch import nn
 
 import peft_poly
 from peft_poly import PolyLayer, layer, paths
+from peft_poly.kept import Kept
 from peft_poly.tasks import kept_in_generation
 
 NEW = 5
@@ -58,7 +59,7 @@ def mixes(monkeypatch):
     sizes = []
 
     def counting(mix):
-        return lambda w, A: (sizes.append(tuple(w.shape)), mix(w, A))[1]
+        return lambda w, *rest: (sizes.append(tuple(w.shape)), mix(w, *rest))[1]
 
     for module in (paths, layer):
         monkeypatch.setattr(module, "mix_A", counting(module.mix_A))
@@ -113,8 +114,8 @@ class TestNothingStays:
     def test_the_mixed_pairs_go_with_the_call(self, monkeypatch):
         made, mix = [], paths.mix_A
 
-        def noting(w, A):
-            pair = mix(w, A)
+        def noting(*args):
+            pair = mix(*args)
             made.append(weakref.ref(pair))
             return pair
 
@@ -138,7 +139,7 @@ class TestNothingStays:
         model, sizes = make_model("llama"), []
 
         def look(ids, scores):
-            entries = [entry for entry in kept_in_generation().values() if isinstance(entry, paths.Kept)]
+            entries = [entry for entry in kept_in_generation().values() if isinstance(entry, Kept)]
             sizes.append({(len(entry.A), len(entry.B)) for entry in entries})
             sizes.append(len(entries))
             return scores

@@ -24,7 +24,9 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in 
 CORE = [
     {"compat", "config", "grouping"},
     {"merging", "mixing", "router", "task_ids"},
-    {"autograd", "tasks"},
+    {"autograd", "base_layers"},
+    {"call_weights", "kept"},
+    {"tasks"},
     {"paths"},
     {"layer"},
     {"adaptation", "growth", "sharing", "targets"},

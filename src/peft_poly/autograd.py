@@ -16,7 +16,7 @@ from typing import Any, Optional, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from .mixing import add_in_runs, in_runs, mix_A, mix_B, to_add_to
+from .mixing import add_in_runs, in_runs, mix_A, mix_B, to_add_to, worth_turning
 from .router import route
 
 __all__ = ["PolyUpdate"]
@@ -55,7 +55,8 @@ class PolyUpdate(torch.autograd.Function):
             y = to_add_to(torch.nn.functional.linear(x, weight, bias), owned=True)
         else:
             y = to_add_to(cast(torch.Tensor, base), owned=False)
-        u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A), mix_B(w, B), scale)
+        turned = worth_turning(x.numel() // (x.shape[-1] * len(tasks)) if x.numel() else 0)
+        u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A, turned), mix_B(w, B), scale)
         ctx.save_for_backward(x, u, w, p, A, B, weight, tasks)
         ctx.n_tasks, ctx.logits_dtype = logits.shape[0], logits.dtype
         ctx.temperature, ctx.scale = 1.0 if noise is None else temperature, scale

@@ -17,8 +17,9 @@ What is cheap, and why `add_update` chooses as it does:
   (decoding) the second is far less; with many the first, and then the pairs are mixed for the rows at once, which costs
   no more than copying them would. Neither outlives the call.
 - **Orientation**: `A^T x^T` is a wide and short product where `x A` is a tall and thin one, which BLAS on a CPU runs
-  two to four times slower for r < 16. A mixed A therefore lies in memory as `(r, in)`: half the time again for many
-  tokens or few, and the backward wants it so too.
+  two to four times slower for r < 16 and sixteen tokens or more, and faster for fewer.
+- **Layout**: a mixed A comes out of the product as `(in, r)`, whole slices of it at a time. To turn it into `(r, in)`
+  moves single numbers; where some CPUs then take `A^T x^T` in half the time, that pays for many tokens only.
 - **Blocks**: `(m, r) B` with small r and large m is up to 1.6 times faster there as a batch of 32-row products.
 - **The scale** rides as `alpha` on the product that adds to `y`.
 """
@@ -38,20 +39,25 @@ __all__ = [
     "low_rank_update",
     "mix_A",
     "mix_B",
+    "through_A",
     "to_add_to",
+    "worth_turning",
 ]
 
 NARROW, BLOCK, BLOCKED = 16, 32, 1 << 18  # one product of rank < NARROW with so many results runs in blocks of rows
+FEW, MANY = 16, 64  # tokens of a pair: below FEW `x A` is the faster order; from MANY on A is worth turning
 
 
-def mix_A(w: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+def mix_A(w: torch.Tensor, A: torch.Tensor, turned: bool = False) -> torch.Tensor:
     """`A_t[(h, d), r] = sum_k w[h, k] A[h, k, d, r]`: `(g, h, k), (h, k, d, r) -> (g, h * d, r)`, dtype of A.
 
-    In memory it is `(g, r, h * d)`.
+    In memory it is `(g, h * d, r)`, or `(g, r, h * d)` if `turned`.
     """
     h, k, d, r = A.shape
     mixed = torch.bmm(_as(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r))
-    return mixed.view(h, -1, d, r).permute(1, 3, 0, 2).reshape(-1, r, h * d).transpose(1, 2)
+    if turned:
+        return mixed.view(h, -1, d, r).permute(1, 3, 0, 2).reshape(-1, r, h * d).transpose(1, 2)
+    return mixed.transpose(0, 1).reshape(-1, h * d, r)
 
 
 def mix_B(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -61,6 +67,11 @@ def mix_B(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     if h == 1:
         return mixed.view(-1, r, o)
     return mixed.view(h, -1, r, o).permute(1, 2, 0, 3).reshape(-1, r, h * o)
+
+
+def worth_turning(tokens: int) -> bool:
+    """Whether so many tokens of a pair repay turning its mixed A."""
+    return tokens >= MANY
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -106,8 +117,7 @@ def add_update(
         add_in_runs(y, x, A, B, scale)
     elif rows.padded is not None and rows.place is not None and cheaper_together(rows, x, A.shape[-1]):
         together = x.index_select(0, rows.padded).view(A.shape[0], -1, x.shape[-1])
-        u = torch.bmm(A.transpose(1, 2), together.transpose(1, 2)).transpose(1, 2)
-        update = torch.bmm(u, B).view(len(rows.padded), *y.shape[1:])
+        update = torch.bmm(through_A(together, A), B).view(len(rows.padded), *y.shape[1:])
         y.add_(update.index_select(0, rows.place), alpha=scale)
     else:
         add_in_runs(
@@ -142,7 +152,7 @@ def add_in_runs(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tens
     if A.shape[0] == 1:  # plain products have less overhead than a batch of one
         return add_one(y, x, A[0], B[0], scale).unsqueeze(0)
     tokens = in_runs(x, A.shape[0])
-    u = torch.bmm(A.transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
+    u = through_A(tokens, A)
     if y.dtype == B.dtype:
         in_runs(y, A.shape[0]).baddbmm_(u, B, alpha=scale)
     else:
@@ -150,11 +160,18 @@ def add_in_runs(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tens
     return u
 
 
+def through_A(tokens: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """`u = x A` in the faster order: `(g, m, in), (g, in, r) -> (g, m, r)`."""
+    if tokens.shape[1] < FEW:
+        return torch.bmm(tokens, A)
+    return torch.bmm(A.transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
+
+
 def add_one(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """`add_in_runs` of one pair for all rows, A `(in, r)` and B `(r, out)`; returns u `(m, r)`."""
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     m, (r, out) = tokens.shape[0], B.shape
-    u = torch.mm(A.t(), tokens.t()).t()
+    u = torch.mm(tokens, A) if m < FEW else torch.mm(A.t(), tokens.t()).t()
     if y.dtype != B.dtype:
         y.add_(torch.mm(u, B).view(y.shape), alpha=scale)
     elif r < NARROW and m * out > BLOCKED and m % BLOCK == 0 and not y.is_cuda:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
+import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
+from .call_weights import CallWeights
 from .config import PolyConfig
 from .layer import Linear, PolyLayer, keep_requires_grad
 from .router import Router, get_router
@@ -66,6 +68,7 @@ class PolyModel(TaskVerbs, BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection; one that fails leaves the model as it was."""
+        self._adapted: Optional[list[PolyLayer]] = None
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
@@ -205,8 +208,14 @@ class PolyModel(TaskVerbs, BaseTuner):
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
         if repeats > 1 and batch is not None:
             batch = batch.repeat(n_rows, repeats)
-        with self.task_context.use(batch):
+        weights = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else CallWeights(self._layers())
+        with self.task_context.use(batch, weights):
             yield
+
+    def _layers(self) -> list[PolyLayer]:
+        if self._adapted is None:
+            self._adapted = [module for module in self.model.modules() if isinstance(module, PolyLayer)]
+        return self._adapted
 
     @property
     def _enabled(self) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, Optional, Union
 import torch
 from torch.utils import _pytree as pytree
 
+from .call_weights import CallWeights
 from .config import PolyConfig
 from .grouping import Rows, group_rows, ungrouped_rows
 from .task_ids import TaskIds, no_task_message, resolve_task, resolve_tasks
@@ -214,14 +215,26 @@ class TaskContext:
         return self.default is not None or self.configs[adapter_name].n_tasks == 1
 
     @contextmanager
-    def use(self, batch: Optional[TaskBatch]) -> Iterator[None]:
-        """Make `batch` the current one of this thread, and put the one before back afterwards."""
-        before = self._local.entry
-        self._local.entry = (batch, -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id())
+    def use(self, batch: Optional[TaskBatch], weights: Optional[CallWeights] = None) -> Iterator[None]:
+        """Make `batch` the current one of this thread, and put the one before back afterwards.
+
+        Args:
+            batch: the tasks.
+            weights: mixing weights for the one call that this is for; None if it may be for several.
+        """
+        local = self._local
+        before = local.entry, local.weights
+        local.entry = (batch, -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id())
+        local.weights = weights
         try:
             yield
         finally:
-            self._local.entry = before
+            local.entry, local.weights = before
+
+    @property
+    def weights(self) -> Optional[CallWeights]:
+        """Mixing weights of the call that this thread is in, if it is one."""
+        return self._local.weights
 
     def current(self) -> Optional[TaskBatch]:
         """The batch being computed: the one entered in this thread, or the one whose backward is recomputing us."""
@@ -271,6 +284,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.entry: Optional[tuple[Optional[TaskBatch], int]] = None
         self.recomputed_in = -1
+        self.weights: Optional[CallWeights] = None
 
 
 class _Backward:

@@ -1,0 +1,54 @@
+"""What the fast paths must know of a base layer: whether anything watches it, and whose its output is."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_internals
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["PLAIN_TENSORS", "base_output", "frozen_product", "is_watched"]
+
+PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+
+
+def base_output(base: Any, x: torch.Tensor, args: Any, kwargs: Any) -> tuple[torch.Tensor, bool]:
+    """The base layer's output `(b, ..., out)`, and whether nobody else can hold it."""
+    if is_watched(base) or type(base) not in (nn.Linear, Conv1D):
+        return base(x, *args, **kwargs), False
+    weight = base._parameters.get("weight")
+    if weight is None or args or kwargs or type(base) is Conv1D:
+        return base(x, *args, **kwargs), True
+    return nn.functional.linear(x, weight, base._parameters["bias"]), True
+
+
+def frozen_product(base: Any) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Weight and bias of a base layer that does nothing but `linear` with tensors that take no gradient, or Nones."""
+    if type(base) is not nn.Linear or is_watched(base):
+        return None, None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if (
+        weight is None
+        or type(weight) not in PLAIN_TENSORS
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return None, None
+    return (None, None) if bias is None and base.bias is not None else (weight, bias)
+
+
+def is_watched(base: nn.Module) -> bool:
+    """Whether a hook may see, keep or change what a layer returns, or its `forward` was replaced."""
+    return bool(
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or "forward" in base.__dict__
+        or module_internals._global_forward_hooks
+        or module_internals._global_forward_pre_hooks
+        or module_internals._global_backward_hooks
+        or module_internals._global_backward_pre_hooks
+    )
