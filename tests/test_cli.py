@@ -502,7 +502,7 @@ class TestBadInput:
         assert (code, err) == (2, "peft-poly: error: Pictures need matplotlib. Run: pip install 'peft-poly[plot]'\n")
 
 
-GUIDE = Path(__file__).parents[1] / "docs" / "command-line.md"
+GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "command-line.md"
 
 
 class TestGuide:

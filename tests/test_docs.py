@@ -27,7 +27,7 @@ NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^\n]+?) -->\s*\Z")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)|!\[[^\]]*\]\((?P<image>[^)\s]+)\)")
 TEST = re.compile(r"`(?P<file>(?:tests/)?(?:integration/)?test_\w+\.py)(?:::(?P<name>[\w:]+))?`")
 
-per_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+per_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def python_blocks(text: str) -> list[tuple[int, str, bool]]:
@@ -140,7 +140,7 @@ def test_the_example_of_the_readme_has_fifteen_lines_at_most():
 
 
 def test_each_message_of_the_troubleshooting_page_is_one_of_ours():
-    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/guides/troubleshooting.md").read_text(encoding="utf-8")
     ours = text.partition("## Messages of other libraries")[0]
     messages = [fragment for _, fragment in re.findall(r"^### (`+) ?(.*?) ?\1$", ours, re.MULTILINE)]
     assert len(messages) == ours.count("\n### ") >= 20
