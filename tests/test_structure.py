@@ -7,6 +7,7 @@ import doctest
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,14 @@ class TestImports:
             assert ready, f"these import one another: {sorted(graph)}"
             for module in ready:
                 del graph[module]
+
+    def test_the_design_page_lists_every_file_below_those_it_imports(self):
+        text = (Path(__file__).parent.parent / "docs/design.md").read_text(encoding="utf-8")
+        table = text.partition("<!-- files -->")[2].partition("<!-- /files -->")[0]
+        listed = re.findall(r"^\| `(\w+)\.py` \| \S", table, re.MULTILINE)
+        assert sorted(listed) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+        for place, module in enumerate(listed):
+            assert module.startswith("__") or own_imports(module) <= set(listed[:place]), module
 
     def test_every_own_import_is_relative_and_exists(self):
         for module in MODULES:

@@ -205,7 +205,20 @@ class TaskVerbs(_Tuner):
     def export_lora(
         self, task: Optional[Task], save_directory: Union[str, Path], **kwargs: Any
     ) -> Union[Path, dict[str, Path]]:
-        """Write one task as a plain PEFT LoRA with equal outputs, or all of them (None); see `peft_poly.export`."""
+        """Write one task as a plain PEFT LoRA with equal outputs, or every task; see `peft_poly.export_lora`.
+
+        Args:
+            task: id or name of the task, whose folder `save_directory` becomes. None: every task, a subfolder each.
+            save_directory: where to write.
+            kwargs: `adapter_name` and `overwrite` of `peft_poly.export_lora`.
+
+        Returns:
+            The folder, or the folders by task.
+
+        Raises:
+            FileExistsError: `save_directory` is not empty, and `overwrite` is False.
+            ValueError: there is no such task; several adapters are active and none was named.
+        """
         from .export import export_lora
 
         return export_lora(self, task, save_directory, **kwargs)
