@@ -1,12 +1,14 @@
 """Settings of the documentation site: `make docs` builds it, with every warning an error, and needs no network.
 
 Links into the documentation of PEFT, transformers and torch need the inventories of those sites, which Sphinx fetches.
-So they are made only when asked for, by `make docs INTERSPHINX=1`, as CI does; else the same names are plain code.
+So they are made only when asked for, by `make docs INTERSPHINX=1`, as CI does, and for the sites that answer; else the
+same names are plain code.
 Names of this package must resolve either way.
 """
 
 import os
 import sys
+import urllib.request
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -19,7 +21,7 @@ author = "The peft-poly authors"
 copyright = "the peft-poly authors"
 version = release = peft_poly.__version__
 language = "en-GB"
-smartquotes = False  # they would eat the dashes of options
+smartquotes_action = "D"  # dashes, which Sphinx itself writes as two hyphens; quotes stay as they are typed
 
 extensions = [
     "myst_parser",
@@ -33,7 +35,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!peft_poly\b).*")]  # other packages' names: linked if intersphinx knows them
+nitpick_ignore_regex = [("py:.*", r"(?!peft_poly(\.\w+)*$)[\s\S]*")]  # all but names of this package
 
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = {"math"}  # GitHub renders these fences too
@@ -59,7 +61,20 @@ INVENTORIES = {
     "torch": ("https://docs.pytorch.org/docs/stable/", None),
     "transformers": ("https://huggingface.co/docs/transformers/main/en/", None),
 }
-intersphinx_mapping = INVENTORIES if os.environ.get("INTERSPHINX") == "1" else {}
+
+
+def answers(name, address):
+    """Whether a site has its inventory at hand now; Sphinx warns of one that has not, and a warning ends the build."""
+    try:
+        with urllib.request.urlopen(f"{address}objects.inv", timeout=20):
+            return True
+    except OSError as error:
+        print(f"no links into the documentation of {name}: {error}")
+        return False
+
+
+wanted = INVENTORIES if os.environ.get("INTERSPHINX") == "1" else {}
+intersphinx_mapping = {name: place for name, place in wanted.items() if answers(name, place[0])}
 
 html_theme = "furo"
 pygments_dark_style = "one-dark"

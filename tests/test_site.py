@@ -121,6 +121,15 @@ class TestReference:
         }
         assert not missing
 
+    def test_every_name_that_a_guide_imports_is_in_it(self, documented):
+        imports = re.compile(r"^from (peft_poly[.\w]*) import (.+)$", re.MULTILINE)
+        texts = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")]
+        names = {
+            f"{module}.{name}" for text in texts for module, all_ in imports.findall(text) for name in all_.split(", ")
+        }
+        assert names
+        assert not names - documented.keys()
+
     def test_a_setting_can_be_looked_up(self, documented):
         assert documented["peft_poly.PolyConfig"].startswith("reference/config.html")
 

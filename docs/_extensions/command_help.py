@@ -9,6 +9,12 @@ from typer.main import get_command
 from peft_poly.cli import app as command_line
 
 
+def prose(text):
+    """Text in which options are code."""
+    parts = re.split(r"(--[a-z][a-z-]*)", text)
+    return [nodes.literal("", part) if part.startswith("--") else nodes.Text(part) for part in parts]
+
+
 class CommandHelp(SphinxDirective):
     """The directive; its argument is the command's name."""
 
@@ -25,9 +31,9 @@ class CommandHelp(SphinxDirective):
             name, what = parameter.get_help_record(context)
             name = re.sub(r" <(str|path)>$", "", name)  # some versions of typer write it behind an argument
             item = nodes.definition_list_item("", nodes.term("", "", nodes.literal("", name)))
-            item += nodes.definition("", nodes.paragraph("", what))
+            item += nodes.definition("", nodes.paragraph("", "", *prose(what)))
             listed += item
-        return [nodes.paragraph("", " ".join(text)), listed]
+        return [nodes.paragraph("", "", *prose(" ".join(text))), listed]
 
 
 def setup(app):

@@ -1,4 +1,14 @@
-"""The docstrings' Markdown habits, in the words of reStructuredText: fenced examples and indented diagrams."""
+"""The docstrings' Markdown habits, in the words of reStructuredText: code, fenced examples and indented diagrams."""
+
+import re
+
+CODE = re.compile(r"(?<![`:\w])`([^`]+)`(?![`\w])")
+NAME = re.compile(r"[A-Za-z_][\w.]*")
+
+
+def code_to_literals(line):
+    """Turn what stands in backticks, and is no name that could be linked, into a literal."""
+    return CODE.sub(lambda match: match[0] if NAME.fullmatch(match[1]) else f"``{match[1]}``", line)
 
 
 def fences_to_directives(lines):
@@ -31,7 +41,7 @@ def diagrams_to_literals(lines):
 
 def process(app, what, name, obj, options, lines):
     """Called by autodoc for each docstring, which it may change in place."""
-    lines[:] = fences_to_directives(lines)
+    lines[:] = fences_to_directives(map(code_to_literals, lines))
     if what == "module":
         lines[:] = diagrams_to_literals(lines)
 

@@ -133,7 +133,7 @@ class PolyRouter(Router):
 
     @property
     def samples(self) -> bool:
-        """Whether each row of a batch gets a draw of its own: in training, unless the noise is off."""
+        """Whether each row of a batch gets a draw of its own, as it does in training unless the noise is off."""
         return self.training and self.noise
 
     def reset(self) -> None:
