@@ -3,6 +3,7 @@
 #   make test PYTHON=python3.12                   another Python (3.10 or newer)
 #   make test TORCH="torch==2.13.0 --index-url ..."  another build of PyTorch, such as the one for CPUs only
 #   make test PYTEST_ARGS="tests/test_config.py"  some of the tests; "-m slow" for those that need minutes
+#   make docs INTERSPHINX=1                      with links into the docs of PEFT, transformers and torch (network)
 #   make demo DEMO_ARGS="--seeds 0 1 2"           settings of examples/train_multitask.py
 
 PYTHON ?= python3
@@ -47,13 +48,8 @@ style: $(VENV)/.quality ## mend format and style where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-ifneq ($(wildcard docs/conf.py),)
-docs: $(VENV)/.docs ## build the documentation
+docs: $(VENV)/.docs ## build the documentation site, docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
-else
-docs:
-	@echo "There is no site to build yet (docs/conf.py): the guides are the Markdown files in docs/."
-endif
 
 ifneq ($(wildcard benchmarks/__main__.py),)
 bench: $(VENV)/.test ## measure speed, memory and size against LoRA, PEFT's Poly and the base model

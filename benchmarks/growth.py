@@ -1,4 +1,4 @@
-"""What it costs to grow, in tasks, skills and splits: `python -m benchmarks.growth [--docs docs/benchmarks.md]`.
+"""What it costs to grow, in tasks, skills and splits: `python -m benchmarks.growth [--docs docs/benchmarks/speed.md]`.
 
 One T5-small shape, all linear layers adapted, r = 8. For each size: bytes of skills and routers, seconds to save and to
 load the adapter (the best of three), and CPU milliseconds of an eval forward of 8

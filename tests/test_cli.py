@@ -502,13 +502,17 @@ class TestBadInput:
         assert (code, err) == (2, "peft-poly: error: Pictures need matplotlib. Run: pip install 'peft-poly[plot]'\n")
 
 
-GUIDE = Path(__file__).parents[1] / "docs" / "command-line.md"
+GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "command-line.md"
 
 
 class TestGuide:
-    def test_its_commands_run_as_they_stand(self, done, tmp_path, monkeypatch):
-        save(tmp_path)
+    @pytest.fixture(autouse=True)
+    def _beside_what_its_python_saves(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
+        (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
+        exec(code, {})
+
+    def test_its_commands_run_as_they_stand(self, done, tmp_path):
         blocks = re.findall(r"```sh\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines() if line.startswith("peft-poly ")]
         assert {line.split()[1] for line in lines} == {"inspect", "export", "merge", "convert"}
@@ -516,9 +520,7 @@ class TestGuide:
             done(*shlex.split(line)[1:])
         assert {path.name for path in tmp_path.iterdir()} >= {"rte-lora", "loras", "merged", "for-peft", "routing.html"}
 
-    def test_its_error_is_the_one_that_is_printed(self, run, tmp_path, monkeypatch):
-        save(tmp_path)
-        monkeypatch.chdir(tmp_path)
+    def test_its_error_is_the_one_that_is_printed(self, run):
         command, error = re.findall(r"```text\n\$ peft-poly (.*?)\n(.*?)\n```", GUIDE.read_text(encoding="utf-8"))[0]
         assert run(*shlex.split(command)) == (2, "", f"{error}\n")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GUIDES = sorted((ROOT / "docs").glob("**/*.md"))
+GUIDES = sorted(page for page in (ROOT / "docs").glob("**/*.md") if "_build" not in page.parts)
 PAGES = [ROOT / "README.md", *GUIDES]
 LINKED = [
     *PAGES,
@@ -27,7 +27,7 @@ NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^\n]+?) -->\s*\Z")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)|!\[[^\]]*\]\((?P<image>[^)\s]+)\)")
 TEST = re.compile(r"`(?P<file>(?:tests/)?(?:integration/)?test_\w+\.py)(?:::(?P<name>[\w:]+))?`")
 
-per_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+per_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def python_blocks(text: str) -> list[tuple[int, str, bool]]:
@@ -59,11 +59,14 @@ def strings_of_the_package() -> list[str]:
     return found
 
 
-@per_page
+PAGES_WITH_PYTHON = [
+    page for page in PAGES if any(to_run for *_, to_run in python_blocks(page.read_text(encoding="utf-8")))
+]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     blocks = python_blocks(page.read_text(encoding="utf-8"))
-    if not any(to_run for _, _, to_run in blocks):
-        pytest.skip(f"{page.name} has no Python to run")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     module = types.ModuleType("page")  # classes that a page defines can be pickled
@@ -73,9 +76,10 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
             exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), vars(module))
 
 
-def test_there_is_python_in_the_readme_and_in_a_guide():
-    assert python_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert any(python_blocks(guide.read_text(encoding="utf-8")) for guide in GUIDES)
+def test_there_is_python_in_the_readme_and_in_the_guides():
+    assert ROOT / "README.md" in PAGES_WITH_PYTHON
+    assert ROOT / "docs/start.md" in PAGES_WITH_PYTHON
+    assert len([page for page in PAGES_WITH_PYTHON if page.parent.name == "guides"]) >= 5
 
 
 def test_only_a_comment_with_a_reason_keeps_a_block_from_running():
@@ -139,8 +143,19 @@ def test_the_example_of_the_readme_has_fifteen_lines_at_most():
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
 
 
+def test_the_start_page_shows_the_example_of_the_readme_and_the_table_of_the_demo():
+    start, readme, examples = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("docs/start.md", "README.md", "examples/README.md")
+    )
+    assert python_blocks(readme)[0][1] == python_blocks(start)[0][1]
+    table = re.search(r"^Accuracy in % on the test rows.*?^```$", examples, re.DOTALL | re.MULTILINE)[0]
+    assert table in start
+    mean = re.search(r"^│ mean.*$", table, re.MULTILINE)[0].strip("│ ").replace("│", "|").split()
+    assert " ".join(mean) in readme
+
+
 def test_each_message_of_the_troubleshooting_page_is_one_of_ours():
-    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/guides/troubleshooting.md").read_text(encoding="utf-8")
     ours = text.partition("## Messages of other libraries")[0]
     messages = [fragment for _, fragment in re.findall(r"^### (`+) ?(.*?) ?\1$", ours, re.MULTILINE)]
     assert len(messages) == ours.count("\n### ") >= 20

@@ -149,7 +149,7 @@ class TestMakefile:
         assert self.commands(verb)
         assert re.search(rf"^{verb} +\w", run("make", "--no-print-directory", cwd=ROOT), re.MULTILINE)
 
-    @pytest.mark.parametrize("verb", ["demo", "test", "quality", "style"])
+    @pytest.mark.parametrize("verb", ["demo", "test", "quality", "style", "docs"])
     def test_a_verb_makes_its_environment_first_with_torch_before_the_rest(self, verb, tmp_path):
         lines = self.commands(verb, f"VENV={tmp_path}/env", "PYTHON=some-python", "TORCH=torch==9.9").splitlines()
         order = ["some-python -m venv", "pip install torch==9.9", 'pip install -e ".[']
@@ -185,6 +185,20 @@ class TestContinuousIntegration:
         assert test["strategy"]["matrix"]["python"] == PYTHONS
         assert ".ci/run" in [step.get("run") for step in test["steps"]]
         assert "make quality" in [step.get("run") for step in workflow["jobs"]["quality"]["steps"]]
+        assert "make docs INTERSPHINX=1" in [step.get("run") for step in workflow["jobs"]["docs"]["steps"]]
+
+
+def test_the_citation_has_what_its_format_requires_and_the_papers_as_the_readme_cites_them():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation.keys() >= {"authors", "message", "title"}  # all that the schema of 1.2.0 requires
+    for cited in (citation, *citation["references"]):
+        assert cited["type"] in ("software", "conference-paper")
+        assert cited["title"]
+        assert all(author.keys() >= {"family-names", "given-names"} or author["name"] for author in cited["authors"])
+    for paper in citation["references"]:
+        assert f"{{{paper['title']}}}" in README
+        assert all(f"{author['family-names']}, {author['given-names']}" in README for author in paper["authors"])
 
 
 def test_the_citation_has_the_version_and_both_papers():

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,14 @@ class TestImports:
             for module in ready:
                 del graph[module]
 
+    def test_the_design_page_lists_every_file_below_those_it_imports(self):
+        text = (Path(__file__).parent.parent / "docs/design.md").read_text(encoding="utf-8")
+        table = text.partition("<!-- files -->")[2].partition("<!-- /files -->")[0]
+        listed = re.findall(r"^\| `(\w+)\.py` \| \S", table, re.MULTILINE)
+        assert sorted(listed) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+        for place, module in enumerate(listed):
+            assert module.startswith("__") or own_imports(module) <= set(listed[:place]), module
+
     def test_every_own_import_is_relative_and_exists(self):
         for module in MODULES:
             assert own_imports(module) <= set(MODULES), module
@@ -172,6 +181,27 @@ def public_objects(module: str) -> list[tuple[str, object]]:
     return found
 
 
+def public_functions(module: str) -> list[tuple[str, object]]:
+    """The functions that a public module offers, and the methods that its classes define, but for those of layers.
+
+    A layer's methods are PEFT's, under PEFT's names.
+    """
+    loaded, found = importlib.import_module(module), []
+    for name in loaded.__all__:
+        thing = getattr(loaded, name)
+        if inspect.isclass(thing) and not issubclass(thing, peft_poly.PolyLayer):
+            ours = [base for base in thing.__mro__ if base.__module__.startswith("peft_poly")]
+            methods = {key: value for base in reversed(ours) for key, value in vars(base).items()}
+            found += [
+                (f"{name}.{key}", method)
+                for key, method in methods.items()
+                if inspect.isfunction(method) and not key.startswith("_") and key != "extra_repr"
+            ]
+        elif inspect.isfunction(thing):
+            found.append((name, thing))
+    return found
+
+
 class TestPublicNames:
     @pytest.mark.parametrize("module", ["", *(f".{module}" for module in MODULES)])
     def test_all_is_sorted_and_names_what_exists(self, module):
@@ -187,6 +217,16 @@ class TestPublicNames:
     def test_every_public_name_has_a_docstring_of_its_own(self, module):
         undocumented = [name for name, thing in public_objects(module) if not (vars_doc(thing) or "").strip()]
         assert not undocumented
+
+    @pytest.mark.parametrize("module", ["peft_poly", "peft_poly.analysis", "peft_poly.plots", "peft_poly.report"])
+    def test_a_public_function_documents_its_parameters_and_the_errors_that_it_raises_itself(self, module):
+        thin = []
+        for name, function in public_functions(module):
+            text = function.__doc__
+            given = set(inspect.signature(function).parameters) - {"self", "adapter_name", "args", "kwargs"}
+            errors = re.findall(r"^ +raise (\w+Error)", inspect.getsource(inspect.unwrap(function)), re.MULTILINE)
+            thin += [f"{name}: {word}" for word in (*given, *errors) if not re.search(rf"\b{word}\b", text)]
+        assert not thin
 
     @pytest.mark.parametrize("module", MODULES)
     def test_the_examples_in_the_docstrings_run(self, module):

@@ -61,6 +61,11 @@ def task_skill_matrix(routing: Routing, layer: Optional[str] = None, split: Opti
     Skill 3 of one layer has nothing to do with skill 3 of another; a mean over layers that looks flat may hide layers
     that are not.
 
+    Args:
+        routing: what `read_routing` returned.
+        layer: name of one layer. Default: the mean of all.
+        split: number of one split, from 0. Default: the mean of all.
+
     Raises:
         ValueError: there is no such layer or split.
     """
@@ -74,7 +79,14 @@ def task_skill_matrix(routing: Routing, layer: Optional[str] = None, split: Opti
 
 
 def task_similarity(routing: Routing) -> torch.Tensor:
-    """Cosine of the tasks' mixing weights, all layers and splits in one vector: `(t, t)`, float64, in (0, 1]."""
+    """Cosine of the tasks' mixing weights, all layers and splits in one vector.
+
+    Args:
+        routing: what `read_routing` returned.
+
+    Returns:
+        `(t, t)`, float64, in (0, 1], with ones on the diagonal.
+    """
     gram = torch.zeros(routing.shape[0], routing.shape[0], dtype=torch.float64)
     for weights in routing.weights.values():  # layer by layer, for the whole vector can be long
         rows = weights.double().flatten(1)
@@ -85,7 +97,14 @@ def task_similarity(routing: Routing) -> torch.Tensor:
 
 
 def task_linkage(routing: Routing, method: str = "average") -> Any:
-    """Hierarchical clustering of the tasks by the distance `1 - cosine`: scipy's linkage matrix `(t - 1, 4)`.
+    """Hierarchical clustering of the tasks by the distance `1 - cosine`.
+
+    Args:
+        routing: what `read_routing` returned.
+        method: scipy's name of the way to cluster.
+
+    Returns:
+        scipy's linkage matrix, a float64 array `(t - 1, 4)`.
 
     Raises:
         ImportError: scipy is missing.
@@ -103,7 +122,17 @@ def task_linkage(routing: Routing, method: str = "average") -> Any:
 
 
 def task_order(routing: Routing) -> list[int]:
-    """Task ids in the order of the tree's leaves, like tasks side by side; one task needs no tree."""
+    """Task ids in the order of the tree's leaves, like tasks side by side; one task needs no tree.
+
+    Args:
+        routing: what `read_routing` returned.
+
+    Returns:
+        All `t` ids, once each.
+
+    Raises:
+        ImportError: scipy is missing.
+    """
     if routing.shape[0] < 2:
         return [0]
     linkage = task_linkage(routing)
@@ -113,30 +142,72 @@ def task_order(routing: Routing) -> list[int]:
 
 
 def layer_metrics(routing: Routing) -> dict[str, Metrics]:
-    """Discreteness, sparsity, usage and effective number of skills of each layer's router."""
+    """Discreteness, sparsity, usage and effective number of skills of each layer's router.
+
+    Args:
+        routing: what `read_routing` returned.
+
+    Returns:
+        `{layer: Metrics}`, in the order of `routing.layers`.
+    """
     return {key: _measure(routing.probabilities[key], weights) for key, weights in routing.weights.items()}
 
 
 def mean_metrics(routing: Routing) -> Metrics:
-    """The mean of `layer_metrics` over the layers."""
+    """The mean of `layer_metrics` over the layers.
+
+    Args:
+        routing: what `read_routing` returned.
+    """
     rows = [astuple(metrics) for metrics in layer_metrics(routing).values()]
     return Metrics(*(sum(column) / len(rows) for column in zip(*rows, strict=True)))
 
 
 def effective_skills(routing: Routing) -> torch.Tensor:
-    """How many skills each task mixes, exp of the entropy of its weights, mean over layers and splits: `(t,)`."""
+    """How many skills each task mixes: exp of the entropy of its weights, mean over layers and splits.
+
+    Args:
+        routing: what `read_routing` returned.
+
+    Returns:
+        `(t,)`, float64, from 1 to k.
+    """
     return torch.stack([_effective(weights).mean(dim=1) for weights in routing.weights.values()]).mean(dim=0)
 
 
 def top_skills(routing: Routing, task: Union[int, str], n: int = 3) -> list[tuple[int, float]]:
-    """The skills that weigh most for a task in `task_skill_matrix`, as `(skill, weight)`, heaviest first."""
+    """The skills that weigh most for a task in `task_skill_matrix`.
+
+    Args:
+        routing: what `read_routing` returned.
+        task: name or id of the task.
+        n: how many, at most.
+
+    Returns:
+        `(skill, weight)` pairs, heaviest first.
+
+    Raises:
+        ValueError: there is no such task.
+    """
     row = task_skill_matrix(routing)[routing.task_id(task)]
     heaviest = row.argsort(descending=True, stable=True)[:n].tolist()
     return [(skill, row[skill].item()) for skill in heaviest]
 
 
 def nearest_tasks(routing: Routing, task: Union[int, str], n: int = 3) -> list[tuple[str, float]]:
-    """The other tasks most like a task, as `(name, cosine)`, nearest first."""
+    """The other tasks most like a task, by `task_similarity`.
+
+    Args:
+        routing: what `read_routing` returned.
+        task: name or id of the task.
+        n: how many, at most.
+
+    Returns:
+        `(name, cosine)` pairs, nearest first.
+
+    Raises:
+        ValueError: there is no such task.
+    """
     task_id = routing.task_id(task)
     row = task_similarity(routing)[task_id]
     order = [other for other in row.argsort(descending=True, stable=True).tolist() if other != task_id]

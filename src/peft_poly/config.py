@@ -23,6 +23,9 @@ class PolyConfig(PeftConfig):
     mixes them. With `n_splits > 1` (MHR) every slice of the features has mixing weights of its own. The defaults
     reproduce PEFT's own Poly. Papers: Polytropon, arXiv 2202.13914; MHR, arXiv 2211.03831.
 
+    `task_type` (`"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"`, ... or None), `base_model_name_or_path`, `revision` and
+    `inference_mode` are those of every `peft.PeftConfig`; PEFT fills in `peft_type`, `peft_version` and `auto_mapping`.
+
     Args:
         r (`int`): Rank of every skill.
         target_modules (`list[str] | str`, *optional*): Layers to adapt: name endings, a regular expression,

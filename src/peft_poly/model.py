@@ -67,7 +67,19 @@ class PolyModel(TaskVerbs, BaseTuner):
             model.register_forward_hook(self.task_context.note_outputs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's injection; one that fails leaves the model as it was."""
+        """PEFT's injection of an adapter's layers; one that fails leaves the model as it was.
+
+        Args:
+            model: the base model.
+            adapter_name: name of the adapter, whose settings are in `peft_config`.
+            args: further arguments of PEFT's `BaseTuner.inject_adapter`.
+            kwargs: the same.
+
+        Raises:
+            TypeError: a target is no linear layer.
+            ValueError: `n_splits` does not divide a target's features; no target was found; a target is one whose
+                `forward` its model never calls.
+        """
         self._adapted: Optional[list[PolyLayer]] = None
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -176,12 +188,36 @@ class PolyModel(TaskVerbs, BaseTuner):
 
     # ------------------------------------------------------------------------------------------------------- calls
     def forward(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
-        """The model's forward; `task_ids` as in `PolyModel.routed`."""
+        """The base model's forward, routed.
+
+        Args:
+            args: arguments of the base model.
+            task_ids: tasks of the rows, as in `PolyModel.routed`.
+            kwargs: arguments of the base model.
+
+        Returns:
+            What the base model returns.
+
+        Raises:
+            ValueError: as `PolyModel.routed`.
+        """
         with self.routed(args, kwargs, task_ids):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
-        """The model's `generate`; rows that it repeats (beams, returned sequences) keep their task."""
+        """The base model's `generate`, routed; rows that it repeats (beams, returned sequences) keep their task.
+
+        Args:
+            args: arguments of the base model.
+            task_ids: tasks of the rows, as in `PolyModel.routed`.
+            kwargs: arguments of the base model.
+
+        Returns:
+            What the base model returns.
+
+        Raises:
+            ValueError: as `PolyModel.routed`.
+        """
         with generation(), self.routed(args, kwargs, task_ids):
             return self.model.generate(*args, **kwargs)
 

@@ -175,7 +175,20 @@ def render_report(routing: Routing, *, title: str = "Routing", task: Union[int, 
 
 
 def write_report(routing: Routing, path: Union[str, Path], **kwargs: Any) -> Path:
-    """Write `render_report(routing, ...)` to a file, which replaces one that was there only once it is complete."""
+    """Write `render_report(routing, ...)` to a file, which replaces one that was there only once it is complete.
+
+    Args:
+        routing: what to report on.
+        path: the file, UTF-8; its folder is made if it is not there.
+        kwargs: `title` and `task` of `render_report`.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: scipy is missing (for the tree).
+        ValueError: there is no such task.
+    """
     path = Path(path)
     text = render_report(routing, **kwargs)
     path.parent.mkdir(parents=True, exist_ok=True)

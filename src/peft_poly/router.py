@@ -24,7 +24,10 @@ EPS = 1e-12
 
 
 def get_router(poly_config: PolyConfig) -> Router:
-    """The router that `poly_config.poly_type` names.
+    """The router that `poly_config.poly_type` names; its parameters are not drawn yet, see `Router.reset`.
+
+    Args:
+        poly_config: settings of the adapter.
 
     Raises:
         ValueError: there is no router of that type.
@@ -93,11 +96,22 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Mixing weights `(b, h, k)`, float32, rows summing to 1, for task ids `(b,)`."""
+        """Mixing weights of a batch.
+
+        Args:
+            task_ids: LongTensor `(b,)`.
+            input_ids: the rows' tokens `(b, l)`, for routers that look at them.
+
+        Returns:
+            `(b, h, k)`, at least float32; the skills of each split sum to 1.
+        """
 
 
 class PolyRouter(Router):
     """One learnable row of logits per task.
+
+    Args:
+        poly_config (`PolyConfig`): `n_tasks`, `n_splits`, `n_skills`, `router_temperature` and `router_noise` are read.
 
     Attributes:
         module_logits (`nn.Parameter`): `(n_tasks, n_splits * n_skills)`.
@@ -114,12 +128,12 @@ class PolyRouter(Router):
 
     @property
     def n_tasks(self) -> int:
-        """Number of router rows."""
+        """Number of router rows, one per task."""
         return self.module_logits.shape[0]
 
     @property
     def samples(self) -> bool:
-        """Whether each row of a batch gets a draw of its own: in training, unless the noise is off."""
+        """Whether each row of a batch gets a draw of its own, as it does in training unless the noise is off."""
         return self.training and self.noise
 
     def reset(self) -> None:

@@ -42,18 +42,24 @@ class TaskVerbs(_Tuner):
         return None if names is None else list(names)
 
     def task_id(self, task: Task) -> int:
-        """Id of a task of the active adapter.
+        """Id of a task of the active adapter: the row of its routers, from 0.
+
+        Args:
+            task: its name, or its id, which is checked and returned.
 
         Raises:
-            ValueError: there is no such task.
+            ValueError: there is no such task; the message suggests the nearest name.
         """
         return resolve_task(task, self._poly_config(), self.active_adapters[0])
 
     def set_task(self, task: Optional[Task]) -> None:
-        """Choose the task of all calls that say none, in every thread; None clears it.
+        """Choose the task of all calls that say none, in every thread.
+
+        Args:
+            task: one name or id; None clears it.
 
         Raises:
-            ValueError: an active adapter has no such task.
+            ValueError: an active adapter has no such task; it is not one name, id or None.
         """
         if task is not None:
             if not isinstance(task, (int, str)) or isinstance(task, bool):
@@ -65,13 +71,31 @@ class TaskVerbs(_Tuner):
         self.task_context.default = task
 
     def use_task(self, task: Optional[TaskIds]) -> AbstractContextManager[None]:
-        """Context manager: the task, or the tasks of the rows, of calls in this thread that say none."""
+        """Context manager: the task, or the tasks of the rows, of calls in this thread that say none.
+
+        Args:
+            task: one id or name for all rows, a list of them, or a LongTensor `(b,)`; None for none.
+
+        Raises:
+            ValueError: an active adapter has no such task.
+        """
         return use_task(self, task)
 
     # ----------------------------------------------------------------------------------------------------- look at
     @torch.no_grad()
     def routing_weights(self, adapter_name: Optional[str] = None) -> dict[str, torch.Tensor]:
-        """Mixing weights of every task at eval, `{layer name: (n_tasks, n_splits, n_skills)}`, float32, detached."""
+        """Mixing weights of every task at eval.
+
+        Args:
+            adapter_name: the adapter.
+
+        Returns:
+            `{layer name: (n_tasks, n_splits, n_skills)}`, at least float32, detached; the skills of each split sum to
+            1. Layers that share a router have equal entries.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
         weights = {}
         for key, layer in self._poly_layers(adapter_name).items():
             router = cast(PolyRouter, layer.poly_router[self._poly_name(adapter_name)])
@@ -104,7 +128,13 @@ class TaskVerbs(_Tuner):
         return growth.add_tasks(self._poly_config(name), name, self._poly_layers(name).values(), names, init)
 
     def remove_tasks(self, tasks: Union[Task, Sequence[Task]], adapter_name: Optional[str] = None) -> None:
-        """Delete tasks, by name or id. The ids of the tasks behind them move up; names keep their meaning.
+        """Delete tasks. The ids of the tasks behind them move up; names keep their meaning.
+
+        The router's parameters are new objects: make the optimizer afterwards, or make it anew.
+
+        Args:
+            tasks: name or id of one task, or a list of them.
+            adapter_name: the adapter.
 
         Raises:
             ValueError: there is no such task; none would be left; it is the set task; the adapter is merged.
@@ -113,7 +143,12 @@ class TaskVerbs(_Tuner):
         growth.remove_tasks(self._poly_config(name), name, self._poly_layers(name).values(), tasks)
 
     def rename_task(self, old: Task, new: str, adapter_name: Optional[str] = None) -> None:
-        """Give a task another name.
+        """Give a task another name; its id and what it computes stay.
+
+        Args:
+            old: its name or id.
+            new: the name it gets.
+            adapter_name: the adapter.
 
         Raises:
             ValueError: there is no such task; the new name is taken or empty; the tasks have no names.
@@ -133,7 +168,11 @@ class TaskVerbs(_Tuner):
         adaptation.train_router_only(self._poly_layers(name).values(), name)
 
     def train_all(self, adapter_name: Optional[str] = None) -> None:
-        """Train skills and router rows (of an adapter with one skill: the skill); undoes `train_router_only`."""
+        """Train skills and router rows (of an adapter with one skill: the skill); undoes `train_router_only`.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
         name = self._poly_name(adapter_name)
         adaptation.train_all(self._poly_layers(name).values(), name)
 
@@ -180,7 +219,16 @@ class TaskVerbs(_Tuner):
         adapter_names: Optional[list[str]] = None,
         task: Union[Task, dict[str, Task], None] = None,
     ) -> nn.Module:
-        """The base model with one task merged into it, and no adapter left; arguments as in `merge_adapter`.
+        """The base model with one task merged into it, and no adapter left.
+
+        Args:
+            progressbar: show one.
+            safe_merge: check for NaN and infinity; if there are any, nothing is merged.
+            adapter_names: adapters to merge. Default: the active ones.
+            task: the task, by name or id, or `{adapter: task}`. Default: the set one, or the only one.
+
+        Returns:
+            The base model, in its own dtype.
 
         Raises:
             ValueError: as `merge_adapter`; or another task is merged already.
@@ -205,7 +253,20 @@ class TaskVerbs(_Tuner):
     def export_lora(
         self, task: Optional[Task], save_directory: Union[str, Path], **kwargs: Any
     ) -> Union[Path, dict[str, Path]]:
-        """Write one task as a plain PEFT LoRA with equal outputs, or all of them (None); see `peft_poly.export`."""
+        """Write one task as a plain PEFT LoRA with equal outputs, or every task; see `peft_poly.export_lora`.
+
+        Args:
+            task: id or name of the task, whose folder `save_directory` becomes. None: every task, a subfolder each.
+            save_directory: where to write.
+            kwargs: `adapter_name` and `overwrite` of `peft_poly.export_lora`.
+
+        Returns:
+            The folder, or the folders by task.
+
+        Raises:
+            FileExistsError: `save_directory` is not empty, and `overwrite` is False.
+            ValueError: there is no such task; several adapters are active and none was named.
+        """
         from .export import export_lora
 
         return export_lora(self, task, save_directory, **kwargs)
