@@ -61,8 +61,8 @@ def mixes(monkeypatch):
     def counting(mix):
         return lambda w, *rest: (sizes.append(tuple(w.shape)), mix(w, *rest))[1]
 
-    for module in (paths, layer):
-        monkeypatch.setattr(module, "mix_A", counting(module.mix_A))
+    for module, name in ((paths, "mix_A"), (paths, "mix_one"), (layer, "mix_A")):
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
     return sizes
 
 

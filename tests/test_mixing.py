@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_poly.mixing import low_rank_update, mix_A, mix_B
+from peft_poly.grouping import group_rows
+from peft_poly.mixing import FEW, MANY, add_update, low_rank_update, mix_A, mix_B, mix_one, worth_turning
 
 # b rows, h splits, k skills, d in-features and o out-features of a split, r rank
 SIZES = [
@@ -64,6 +65,50 @@ def test_skills_are_mixed_split_by_split(sizes, dtype):
     assert mixed_A.dtype == mixed_B.dtype == dtype
     torch.testing.assert_close(mixed_A.double(), naive_A(w, A), **tolerance)
     torch.testing.assert_close(mixed_B.double(), naive_B(w, B), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_turned_A_is_the_same_in_another_layout(sizes, dtype):
+    w, A, _ = make_tensors(*sizes, dtype)
+    turned = mix_A(w, A, turned=True)
+    assert torch.equal(turned, mix_A(w, A))
+    assert turned.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [size for size in SIZES if size[0] == 1], ids=str)
+def test_the_pair_of_one_task_is_that_of_a_batch_of_one(sizes, dtype):
+    w, A, B = make_tensors(*sizes, dtype)
+    mixed_A, mixed_B = mix_one(w, A, B)
+    assert torch.equal(mixed_A, mix_A(w, A)[0])
+    assert torch.equal(mixed_B, mix_B(w, B)[0])
+
+
+def test_turning_is_for_several_pairs_of_many_tokens_each():
+    tokens = [(2, MANY, 5), (2, MANY - 1, 5), (2 * MANY, 5), (2, 2, MANY // 2, 5), (2, 0, 5), (0, 5)]
+    assert [worth_turning(torch.zeros(shape), 2) for shape in tokens] == [True, False, True, True, False, False]
+    assert not worth_turning(torch.zeros(1, 9 * MANY, 5), 1)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("n_tokens", [1, 2, FEW - 1, FEW, FEW + 1, MANY])
+@pytest.mark.parametrize("tasks", [[4], [4, 4, 4], [4, 4, 1, 1], [4, 1, 4], [3, 1, 4]], ids=str)
+def test_an_update_is_added_in_whichever_order_is_cheap(tasks, n_tokens, owned, turned):
+    rows = group_rows(tasks)
+    x, y = torch.randn(len(tasks), n_tokens, 5).double(), torch.randn(len(tasks), n_tokens, 7).double()
+    A, B = torch.randn(len(rows.tasks), 5, 2).double(), torch.randn(len(rows.tasks), 2, 7).double()
+    pair = [rows.tasks.tolist().index(task) for task in tasks]
+    expected, before = y + naive_update(x, A[pair], B[pair], 0.3), y.clone()
+    if turned:
+        A = A.transpose(1, 2).contiguous().transpose(1, 2)
+    out = add_update(y, x, A, B, 0.3, rows, owned)
+    torch.testing.assert_close(out, expected)
+    assert (out is y) == owned
+    assert owned or torch.equal(y, before)
+    if len(A) == 1:
+        torch.testing.assert_close(add_update(before, x, A[0], B[0], 0.3, rows, owned), expected)
 
 
 def test_one_hot_weights_pick_a_skill_for_each_split():

@@ -166,7 +166,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("base", [nn.Linear, lambda i, o: Conv1D(o, i)], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("tokens", [(), (1,), (3,), (40,), (2, 3)], ids=str)
+@pytest.mark.parametrize("tokens", [(), (1,), (3,), (40,), (70,), (2, 3)], ids=str)
 @pytest.mark.parametrize("tasks", LAYOUTS.values(), ids=LAYOUTS)
 def test_eval_gives_what_a_loop_gives_for_every_layout_of_rows(tasks, tokens, base):
     layer = make_layer(base(IN, OUT))
@@ -189,7 +189,7 @@ def test_one_task_with_very_many_tokens(rows):
         torch.testing.assert_close(layer(x, task_ids=1), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [(), (1,), (5,), (40,)], ids=str)
+@pytest.mark.parametrize("tokens", [(), (1,), (5,), (40,), (70,)], ids=str)
 @pytest.mark.parametrize("noise", [True, False], ids=["noise", "no noise"])
 @pytest.mark.parametrize("tasks", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("base", [nn.Linear, lambda i, o: Conv1D(o, i)], ids=["linear", "conv1d"])

@@ -55,7 +55,7 @@ class PolyUpdate(torch.autograd.Function):
             y = to_add_to(torch.nn.functional.linear(x, weight, bias), owned=True)
         else:
             y = to_add_to(cast(torch.Tensor, base), owned=False)
-        turned = worth_turning(x.numel() // (x.shape[-1] * len(tasks)) if x.numel() else 0)
+        turned = worth_turning(x, len(tasks))
         u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A, turned), mix_B(w, B), scale)
         ctx.save_for_backward(x, u, w, p, A, B, weight, tasks)
         ctx.n_tasks, ctx.logits_dtype = logits.shape[0], logits.dtype

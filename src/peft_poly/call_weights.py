@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CallWeights"]
 
 KINDS = 4  # of (adapter, tasks) in a call: rows by task and row by row, on two devices; more are left to the layers
-FEW_TASKS = 4  # up to so many router rows a pair, it is cheaper to stack routers whole than to look rows up in each
+SMALL = 4096  # up to so many numbers, it is cheaper to stack a router whole than to look its rows up
 
 
 class CallWeights:
@@ -33,7 +33,7 @@ class CallWeights:
 
     def __init__(self, layers: Sequence[PolyLayer]) -> None:
         self.layers = layers
-        self._known: dict[tuple[str, int], tuple[torch.Tensor, dict[int, _Routed]]] = {}
+        self._known: dict[tuple[str, int], tuple[torch.Tensor, dict[int, tuple[Any, ...]]]] = {}
 
     def of(self, logits: torch.Tensor, name: str, tasks: torch.Tensor) -> Optional[torch.Tensor]:
         """The weights `(g, h, k)`, at least float32, of the router with these logits for tasks `(g,)`; None if unknown.
@@ -45,45 +45,37 @@ class CallWeights:
         if entry is None:
             if len(self._known) == KINDS:
                 return None
-            entry = self._known[key] = (
-                tasks,
-                self._work_out(name, tasks),
-            )  # holds the tasks, so that their id is theirs
+            entry = self._known[key] = (tasks, self._work_out(name, tasks))  # holds the tasks: their id stays theirs
         routed = entry[1].get(id(logits))
-        return None if routed is None or not routed.holds(logits) else routed.w
+        if routed is None or (logits.data_ptr(), logits._version) != routed[1]:  # changed within the call
+            return None
+        w: torch.Tensor = routed[2]
+        return w
 
-    def _work_out(self, name: str, tasks: torch.Tensor) -> dict[int, _Routed]:
-        routers: dict[int, Any] = {}
+    def _work_out(self, name: str, tasks: torch.Tensor) -> dict[int, tuple[Any, ...]]:
+        """By id of the logits: the logits, so that their id stays theirs; what tells a change; the weights."""
+        device, found, h = tasks.device, {}, 1
         layer: Any
         for layer in self.layers:
             router = layer._modules["poly_router"]._modules.get(name)
             logits = None if router is None else router._parameters.get("module_logits")
-            if logits is not None and _is_here(logits, tasks.device):
-                routers[id(logits)] = router
-        found = [router.module_logits for router in routers.values()]
-        if not found or any(logits.shape != found[0].shape or logits.dtype != found[0].dtype for logits in found):
+            if logits is not None and _is_here(logits, device):
+                found[id(logits)], h = logits, router.n_splits
+        routers = list(found.values())
+        if not routers or any(
+            logits.dtype != routers[0].dtype or logits.shape != routers[0].shape for logits in routers
+        ):
             return {}
-        if found[0].shape[0] <= FEW_TASKS * tasks.shape[0]:
-            z = torch.stack(found).index_select(1, tasks)
+        if routers[0].numel() <= SMALL:
+            z = torch.stack(routers).index_select(1, tasks)
         else:
-            z = torch.stack([torch.embedding(logits, tasks) for logits in found])
-        h = next(iter(routers.values())).n_splits
-        z = z.view(len(found), tasks.shape[0], h, -1)
-        p = torch.sigmoid_(z if z.dtype in (torch.float32, torch.float64) else z.float())
-        return {id(logits): _Routed(logits, w) for logits, w in zip(found, normalise(p).unbind(), strict=True)}
-
-
-class _Routed:
-    """The weights of one router, and what they were read from."""
-
-    __slots__ = ("logits", "pointer", "version", "w")
-
-    def __init__(self, logits: torch.Tensor, w: torch.Tensor) -> None:
-        self.logits, self.pointer, self.version, self.w = logits, logits.data_ptr(), logits._version, w
-
-    def holds(self, logits: torch.Tensor) -> bool:
-        """Whether they are as they were."""
-        return self.logits is logits and logits._version == self.version and logits.data_ptr() == self.pointer
+            z = torch.stack([torch.embedding(logits, tasks) for logits in routers])
+        z = z.view(len(routers), tasks.shape[0], h, -1)
+        w = normalise(torch.sigmoid_(z if z.dtype in (torch.float32, torch.float64) else z.float()))
+        return {
+            id(logits): (logits, (logits.data_ptr(), logits._version), of_router)
+            for logits, of_router in zip(routers, w.unbind(), strict=True)
+        }
 
 
 def _is_here(logits: torch.Tensor, device: torch.device) -> bool:
@@ -91,7 +83,6 @@ def _is_here(logits: torch.Tensor, device: torch.device) -> bool:
     return (
         type(logits) in PLAIN_TENSORS
         and logits.device == device
-        and logits.dim() == 2
         and logits.untyped_storage().nbytes() > 0
         and not logits.is_inference()
     )

@@ -73,8 +73,8 @@ class Shortcut:
         self.name, self.active, self.base, self.entry, self.rows = name, layer._active_adapter, base, entry, rows
         self.n_rows, self.dtype, self.device_type = x.shape[0], x.dtype, x.device.type
         self.dropout = None if type(dropout) is nn.Identity else dropout
-        self.one = (entry.A[0], entry.B[0]) if entry.A.shape[0] == 1 else None
-        self.each = rows.index is None and entry.A.shape[0] == self.n_rows
+        self.one = entry.A.dim() == 2
+        self.each = not self.one and rows.index is None and entry.A.shape[0] == self.n_rows
         self.places: list[tuple[dict[str, Any], str, Any]] = [
             (modules, "base_layer", base),
             (modules["poly_router"]._modules, name, router),
@@ -114,6 +114,6 @@ class Shortcut:
             return add_update(nn.functional.linear(x, weight, bias), x, A, B, scale, self.rows, True)
         tokens = x.squeeze(1)
         y = nn.functional.linear(tokens, weight, bias)
-        if self.one is not None:
-            return y.addmm_(torch.mm(tokens, self.one[0]), self.one[1], alpha=scale).unsqueeze(1)
+        if self.one:
+            return y.addmm_(torch.mm(tokens, A), B, alpha=scale).unsqueeze(1)
         return y.unsqueeze(1).baddbmm_(torch.bmm(x, A), B, alpha=scale)

@@ -39,6 +39,7 @@ __all__ = [
     "low_rank_update",
     "mix_A",
     "mix_B",
+    "mix_one",
     "through_A",
     "to_add_to",
     "worth_turning",
@@ -56,7 +57,7 @@ def mix_A(w: torch.Tensor, A: torch.Tensor, turned: bool = False) -> torch.Tenso
     h, k, d, r = A.shape
     mixed = torch.bmm(_as(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r))
     if turned:
-        return mixed.view(h, -1, d, r).permute(1, 3, 0, 2).reshape(-1, r, h * d).transpose(1, 2)
+        return mixed.view(h, -1, d, r).permute(1, 3, 0, 2).reshape(-1, r, h * d).contiguous().transpose(1, 2)
     return mixed.transpose(0, 1).reshape(-1, h * d, r)
 
 
@@ -69,9 +70,23 @@ def mix_B(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return mixed.view(h, -1, r, o).permute(1, 2, 0, 3).reshape(-1, r, h * o)
 
 
-def worth_turning(tokens: int) -> bool:
-    """Whether so many tokens of a pair repay turning its mixed A."""
-    return tokens >= MANY
+def mix_one(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair of one task, with the least that can be done: w `(1, h, k)` `-> (in, r), (r, out)`."""
+    h, k, d, r = A.shape
+    w_A = w.transpose(0, 1)
+    w_B = w_A
+    if w.dtype != A.dtype:
+        w_A = w_A.to(A.dtype)
+    if w.dtype != B.dtype:
+        w_B = w_B.to(B.dtype)
+    mixed = torch.bmm(w_B, B.reshape(h, k, -1))
+    mixed_B = mixed.view(r, -1) if h == 1 else mixed.view(h, r, -1).transpose(0, 1).reshape(r, -1)
+    return torch.bmm(w_A, A.reshape(h, k, -1)).view(h * d, r), mixed_B
+
+
+def worth_turning(x: torch.Tensor, g: int) -> bool:
+    """Whether x `(b, ..., in)` has so many tokens for each of g pairs, more than one, that turning a mixed A pays."""
+    return g > 1 and x.numel() >= MANY * g * x.shape[-1]
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -103,8 +118,8 @@ def add_update(
     Args:
         y: `(b, ..., out)`, the base layer's output.
         x: `(b, ..., in)`, dtype of A.
-        A: `(g, in, r)`, the mixed pairs.
-        B: `(g, r, out)`.
+        A: `(g, in, r)`, the mixed pairs, or `(in, r)` for one pair.
+        B: `(g, r, out)`, or `(r, out)`.
         scale: a plain number.
         rows: which pair each row has.
         owned: nobody else holds `y`, so that it can be added to in place.
@@ -113,16 +128,16 @@ def add_update(
         `(b, ..., out)`, dtype of `y`; `y` itself if `owned`.
     """
     y = to_add_to(y, owned)
-    if rows.index is None:
+    if A.dim() == 2:
+        add_one(y, x, A, B, scale)
+    elif rows.index is None:
         add_in_runs(y, x, A, B, scale)
     elif rows.padded is not None and rows.place is not None and cheaper_together(rows, x, A.shape[-1]):
         together = x.index_select(0, rows.padded).view(A.shape[0], -1, x.shape[-1])
         update = torch.bmm(through_A(together, A), B).view(len(rows.padded), *y.shape[1:])
         y.add_(update.index_select(0, rows.place), alpha=scale)
     else:
-        add_in_runs(
-            y, x, A.transpose(1, 2).index_select(0, rows.index).transpose(1, 2), B.index_select(0, rows.index), scale
-        )
+        add_in_runs(y, x, A.index_select(0, rows.index), B.index_select(0, rows.index), scale)
     return y
 
 

@@ -20,7 +20,7 @@ from .autograd import PolyUpdate
 from .base_layers import PLAIN_TENSORS, base_output, frozen_product
 from .grouping import Rows, ungrouped_rows
 from .kept import Kept, Shortcut
-from .mixing import add_update, cheaper_together, low_rank_update, mix_A, mix_B, worth_turning
+from .mixing import add_update, cheaper_together, low_rank_update, mix_A, mix_B, mix_one, worth_turning
 from .router import route
 from .tasks import TaskBatch, kept_in_generation
 
@@ -108,7 +108,8 @@ def tensors_of(layer: Linear, name: str) -> tuple[torch.Tensor, torch.Tensor, to
     """The adapter's A, B and logits."""
     modules: Any = layer._modules
     router = modules["poly_router"]._modules[name]
-    A, B = (modules[kind]._parameters.get(name) for kind in ("poly_lora_A", "poly_lora_B"))
+    A = modules["poly_lora_A"]._parameters.get(name)
+    B = modules["poly_lora_B"]._parameters.get(name)
     logits = router._parameters.get("module_logits")
     if A is None or B is None or logits is None:  # a wrapper such as FSDP keeps them elsewhere
         return layer.poly_lora_A[name], layer.poly_lora_B[name], router.module_logits
@@ -154,7 +155,7 @@ def pairs_of_rows(
 
 
 def mixed(layer: Linear, name: str, rows: Rows, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`PolyLayer.mixed_pair` for the tasks of `rows`, without autograd and autocast."""
+    """`PolyLayer.mixed_pair` for the tasks of `rows`, without autograd or autocast; one is `(in, r)`, `(r, out)`."""
     A, B, logits = tensors_of(layer, name)
     router: Any = layer._modules["poly_router"]._modules[name]  # type: ignore[union-attr]
     weights, w = layer.task_context.weights, None
@@ -162,5 +163,6 @@ def mixed(layer: Linear, name: str, rows: Rows, x: torch.Tensor) -> tuple[torch.
         w = weights.of(logits, name, rows.tasks)
     if w is None:
         w = route(logits, rows.tasks, router.noise_for(rows.tasks), router.temperature, A.shape[0])[0]
-    tokens = x.numel() // (x.shape[-1] * w.shape[0]) if x.numel() else 0
-    return mix_A(w, A, worth_turning(tokens)), mix_B(w, B)
+    if w.shape[0] == 1:
+        return mix_one(w, A, B)
+    return mix_A(w, A, worth_turning(x, w.shape[0])), mix_B(w, B)
