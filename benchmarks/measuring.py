@@ -17,27 +17,32 @@ from torch.profiler import ProfilerActivity, profile
 __all__ = ["median_ratio", "paired", "peak_bytes", "saved_bytes"]
 
 
-def paired(functions: dict[str, Callable[[], Any]], rounds: int, budget: float) -> dict[str, list[float]]:
+def paired(
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    budget: float,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, list[float]]:
     """Seconds of each function in each round: at least three rounds, then until `budget` seconds have gone."""
-    repeats = {name: _repeats(function) for name, function in functions.items()}
+    repeats = {name: _repeats(function, clock) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     names, start = list(functions), time.perf_counter()
     for i in range(rounds):
         for name in names if i % 2 == 0 else reversed(names):
-            begin = time.process_time()
+            begin = clock()
             for _ in range(repeats[name]):
                 functions[name]()
-            times[name].append((time.process_time() - begin) / repeats[name])
+            times[name].append((clock() - begin) / repeats[name])
         if i >= 2 and time.perf_counter() - start > budget:
             break
     return times
 
 
-def _repeats(function: Callable[[], Any], at_least: float = 0.05) -> int:
+def _repeats(function: Callable[[], Any], clock: Callable[[], float], at_least: float = 0.05) -> int:
     """How often a function runs in so many seconds; its first run is for warming up."""
     function()
-    begin, n = time.process_time(), 0
-    while n == 0 or time.process_time() - begin < at_least:
+    begin, n = clock(), 0
+    while n == 0 or clock() - begin < at_least:
         function()
         n += 1
     return n

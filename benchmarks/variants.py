@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -13,7 +14,7 @@ import peft_poly
 
 from .models import SHAPES
 
-__all__ = ["Variant", "make_variants"]
+__all__ = ["Variant", "make_variants", "variants_on"]
 
 
 class Variant:
@@ -36,12 +37,19 @@ class Variant:
 
 
 def make_variants(shape_name: str, r: int, n_skills: int, n_splits: int, n_tasks: int) -> dict[str, Variant]:
-    """`base`, `lora`, `poly` (PEFT's own) and `ours`; the last two have the same tensors, drawn as after training."""
+    """The variants of a shape of `models.SHAPES`."""
     shape = SHAPES[shape_name]
     torch.manual_seed(0)
-    base = shape.make().requires_grad_(False)
-    common: dict[str, Any] = {"task_type": shape.task_type, "r": r, "target_modules": list(shape.targets)}
-    routed = {**common, "n_tasks": n_tasks, "n_skills": n_skills, "n_splits": n_splits, "init_weights": False}
+    return variants_on(shape.make(), shape.targets, shape.task_type, r, n_skills, n_splits, n_tasks)
+
+
+def variants_on(
+    base: nn.Module, targets: Sequence[str], task_type: str | None, r: int, skills: int, splits: int, tasks: int
+) -> dict[str, Variant]:
+    """`base`, `lora`, `poly` (PEFT's own) and `ours`; the last two have the same tensors, drawn as after training."""
+    base.requires_grad_(False)
+    common: dict[str, Any] = {"task_type": task_type, "r": r, "target_modules": list(targets)}
+    routed = {**common, "n_tasks": tasks, "n_skills": skills, "n_splits": splits, "init_weights": False}
     models = {
         "base": base,
         "lora": peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**common, init_lora_weights=False)),

@@ -16,7 +16,7 @@ from torch import nn
 
 import peft_poly
 from peft_poly import PolyLayer, layer, paths
-from peft_poly.kept import Kept
+from peft_poly.kept import Kept, Shortcut
 from peft_poly.tasks import kept_in_generation
 
 NEW = 5
@@ -108,6 +108,42 @@ class TestOnce:
         out = generate(model, "llama", [2, 0, 1], logits_processor=[nested])
         assert torch.equal(inner[0], generate(model, "llama", [1, 1, 0]))
         assert torch.equal(out, generate(model, "llama", [2, 0, 1]))
+
+
+def half(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if "poly_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+class TestHalfPrecision:
+    """A base model in bfloat16, an adapter in float32: what PEFT makes of most models."""
+
+    @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_tokens_go_the_short_way_and_come_out_as_from_forwards(self, ids, use_cache, monkeypatch):
+        model, gone, go = make_model("llama"), [], Shortcut.go
+        half(model)
+        monkeypatch.setattr(Shortcut, "go", lambda *args: (gone.append(args[2].shape), go(*args))[1])
+        settings = {"use_cache": use_cache, "return_dict_in_generate": True, "output_logits": True}
+        out = generate(model, "llama", ids, **settings)
+        assert len(gone) == (NEW - 2) * len(layers_of(model))
+        with torch.no_grad():
+            logits = model(input_ids=out.sequences[:, :-1], task_ids=ids).logits[:, -NEW:]
+        torch.testing.assert_close(torch.stack(out.logits, dim=1), logits.float(), rtol=0.05, atol=0.5)
+
+    def test_who_wants_no_cast_gets_none_from_the_next_token_on(self):
+        model = half(make_model("llama"))
+
+        def forbid(ids, scores):
+            if ids.shape[1] > prompt("llama")["input_ids"].shape[1] + 2:
+                for adapted in layers_of(model):
+                    adapted.cast_input_dtype_enabled = False
+            return scores
+
+        with pytest.raises(RuntimeError, match=r"BFloat16|same dtype"):
+            generate(model, "llama", "sst2", logits_processor=[forbid])
 
 
 class TestNothingStays:

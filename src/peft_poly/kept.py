@@ -55,7 +55,7 @@ class Shortcut:
     """
 
     __slots__ = (
-        "active", "base", "device_type", "dropout", "dtype", "each", "entry", "n_rows", "name", "one", "places", "rows",
+        "active", "base", "casts", "device_type", "dropout", "dtype", "each", "entry", "n_rows", "name", "one", "places", "rows",
     )  # fmt: skip
 
     @staticmethod
@@ -63,7 +63,7 @@ class Shortcut:
         """Keep one for `layer` if it can have one."""
         base: Any = layer._modules["base_layer"]
         plain = type(base) is nn.Linear and not is_watched(base) and base._parameters.get("weight") is not None
-        if plain and layer.active_adapters == [name] and x.dtype == entry.A.dtype and x.dim() > 1:
+        if plain and layer.active_adapters == [name] and x.dim() > 1:
             kept[layer] = Shortcut(layer, x, name, base, entry, rows)
 
     def __init__(self, layer: Linear, x: torch.Tensor, name: str, base: Any, entry: Kept, rows: Rows) -> None:
@@ -72,6 +72,7 @@ class Shortcut:
         A, B, logits = (of[0] for of in entry.of)
         self.name, self.active, self.base, self.entry, self.rows = name, layer._active_adapter, base, entry, rows
         self.n_rows, self.dtype, self.device_type = x.shape[0], x.dtype, x.device.type
+        self.casts = x.dtype != entry.A.dtype
         self.dropout = None if type(dropout) is nn.Identity else dropout
         self.one = entry.A.dim() == 2
         self.each = not self.one and rows.index is None and entry.A.shape[0] == self.n_rows
@@ -96,6 +97,7 @@ class Shortcut:
             or type(x) not in PLAIN_TENSORS
             or x.shape[0] != self.n_rows
             or x.dtype != self.dtype
+            or (self.casts and not layer.cast_input_dtype_enabled)
             or (self.dropout is not None and self.dropout.training)
             or layer.task_context.current() is not self.entry.batch
             or is_watched(self.base)
@@ -110,8 +112,9 @@ class Shortcut:
         """`layer(x)`."""
         parameters, scale = self.base._parameters, layer.scaling[self.name]
         weight, bias, A, B = parameters["weight"], parameters["bias"], self.entry.A, self.entry.B
-        if x.dim() != 3 or x.shape[1] != 1 or not (self.one or self.each):
-            return add_update(nn.functional.linear(x, weight, bias), x, A, B, scale, self.rows, True)
+        if self.casts or x.dim() != 3 or x.shape[1] != 1 or not (self.one or self.each):
+            y = nn.functional.linear(x, weight, bias)
+            return add_update(y, x.to(A.dtype), A, B, scale, self.rows, True)
         tokens = x.squeeze(1)
         y = nn.functional.linear(tokens, weight, bias)
         if self.one:
