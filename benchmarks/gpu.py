@@ -37,7 +37,7 @@ COLUMNS = ["what", "base", "lora/base", "poly/lora", "ours/base", "ours/lora", "
 
 
 def llama_1b(tiny: bool) -> nn.Module:
-    """Random weights in the shape of Llama 3.2 1B, with a small vocabulary; or a model of the same make that is tiny."""
+    """Random weights in the shape of Llama 3.2 1B with a small vocabulary, or a tiny model of the same make."""
     width, layers, heads = (64, 2, 4) if tiny else (2048, 16, 32)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
@@ -94,7 +94,7 @@ class Bench:
         return row
 
     def launches(self) -> dict[str, Any]:
-        """Kernels (without a GPU: operations) of an eval forward above those of the bare model, for each adapted layer."""
+        """Kernels (without a GPU: operations) of an eval forward above the bare model's, for each adapted layer."""
         counts = {}
         for name, variant in self.variants.items():
             forward = self.call(variant, "eval")

@@ -1,4 +1,4 @@
-"""The benchmarks run and count right: ratios on a clock of the test's own, bytes against sums, tables where they belong."""
+"""The benchmarks run and count right: ratios on a clock of the test's own, bytes against sums, tables in their places."""
 
 from __future__ import annotations
 
