@@ -1,4 +1,4 @@
-"""The benchmarks run and count right: ratios on a clock of the test's own, bytes against sums, tables in their places."""
+"""The benchmarks run and count right: ratios on a clock of the test's own, bytes against sums, tables in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, gpu, growth, measuring, models, results, speed  # noqa: E402
+from benchmarks import cases, gpu, growth, measuring, models, orders, results, speed  # noqa: E402
 
 TINY = {"rows": 3, "length": 2, "r": 2, "skills": 2, "splits": 2, "tasks": 3}
 
@@ -116,6 +116,15 @@ def _tiny_t5():
         vocab_size=models.VOCAB, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
     )
     return {"make": lambda: tf.T5ForConditionalGeneration(config), "targets": ("wi",), "task_type": "SEQ_2_SEQ_LM"}
+
+
+def test_orders_of_computing_agree_and_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(orders, "SIZES", [(2, 4, 4)])
+    monkeypatch.setattr(orders, "LAYERS", 2)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- orders -->\n<!-- /orders -->\n", encoding="utf-8")
+    orders.main(["--docs", str(page)])  # checks that outputs of skills mixed are those of mixed pairs
+    assert "| 2 | 4 | 4 |" in page.read_text(encoding="utf-8")
 
 
 def test_the_program_for_a_gpu_runs_on_a_cpu_too(tmp_path, capsys):

@@ -55,8 +55,8 @@ class Shortcut:
     """
 
     __slots__ = (
-        "active", "base", "casts", "device_type", "dropout", "dtype", "each", "entry", "n_rows", "name", "one", "places",
-        "rows",
+        "active", "base", "casts", "device_type", "dropout", "dtype", "each", "entry", "n_rows", "name", "one",
+        "places", "rows",
     )  # fmt: skip
 
     @staticmethod
