@@ -1,0 +1,274 @@
+"""Sampling by task: the shares are those of the formula, the draws those of seed and epoch, shards do not overlap."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import Counter
+
+import datasets
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
+from peft import get_peft_model
+from rows import KINDS, arguments, rows, with_ids
+from tiny import TASKS, llama
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_poly import DataCollatorWithTaskIds, PolyConfig, TaskSampler, TaskSamplingMixin
+from peft_poly.sampling import task_probabilities
+
+SIZES = {"big": 60, "mid": 25, "small": 3}
+ROWS = [task for task, size in SIZES.items() for _ in range(size)]
+BALANCES = ["proportional", "uniform", 2.0, 0.5]
+
+
+def epoch(sampler: TaskSampler, number: int = 0) -> list[int]:
+    sampler.set_epoch(number)
+    return list(sampler)
+
+
+# -------------------------------------------------------------------------------------------------------------- shares
+@pytest.mark.parametrize(
+    ("balance", "power"), [("proportional", 1), (1, 1), (2, 0.5), (0.5, 2), ("uniform", 0), (1e9, 0)]
+)
+def test_the_share_of_a_task_is_the_root_of_its_size(balance, power):
+    roots = [size**power for size in SIZES.values()]
+    shares = task_probabilities(list(SIZES.values()), balance)
+    assert shares == pytest.approx([root / sum(roots) for root in roots])
+    assert sum(shares) == pytest.approx(1, abs=1e-12)
+
+
+def test_low_temperatures_do_not_overflow():
+    assert task_probabilities([1000, 10], balance=1e-3) == pytest.approx([1, 0])
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_an_epoch_gives_each_task_its_share_rounded_up_or_down(balance):
+    sampler = TaskSampler(ROWS, balance, num_samples=50)
+    shares = task_probabilities(list(SIZES.values()), balance)
+    total = Counter()
+    for number in range(200):
+        drawn = epoch(sampler, number)
+        assert len(drawn) == len(sampler) == 50
+        counts = Counter(ROWS[row] for row in drawn)
+        for task, share in zip(SIZES, shares, strict=True):
+            assert int(50 * share) <= counts[task] <= int(50 * share) + 1
+        total += counts
+    for task, share in zip(SIZES, shares, strict=True):
+        assert total[task] / 10_000 == pytest.approx(share, abs=0.002)  # the rounding is fair: none is starved
+
+
+def test_proportional_sampling_is_a_permutation():
+    assert sorted(epoch(TaskSampler(ROWS))) == list(range(len(ROWS)))
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_no_row_comes_again_before_all_others_of_its_task_have_come(balance):
+    for number in range(5):
+        times = Counter(epoch(TaskSampler(ROWS, balance), number))
+        for task in SIZES:
+            of_task = [times[row] for row, other in enumerate(ROWS) if other == task]
+            assert max(of_task) - min(of_task) <= 1
+
+
+def test_tasks_are_mixed_over_the_epoch():
+    tasks = ["a"] * 500 + ["b"] * 500
+    drawn = [tasks[row] for row in TaskSampler(tasks)]
+    assert 200 < drawn[:500].count("a") < 300
+
+
+# -------------------------------------------------------------------------------------------------- seeds and epochs
+@pytest.mark.parametrize("balance", BALANCES)
+def test_the_same_seed_and_epoch_draw_the_same_and_others_do_not(balance):
+    draws = {
+        (seed, number): tuple(epoch(TaskSampler(ROWS, balance, seed=seed), number))
+        for seed, number in itertools.product((0, 1, 7), (0, 1, 2))
+    }
+    assert len(set(draws.values())) == len(draws)
+    for (seed, number), drawn in draws.items():
+        torch.rand(3)  # the global generator has no part in it
+        assert tuple(epoch(TaskSampler(ROWS, balance, seed=seed), number)) == drawn
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    list(TaskSampler(ROWS, "uniform"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["list", "tensor", "column", "both kinds"])
+def test_tasks_may_come_as_lists_tensors_and_columns(kind):
+    ids = [list(SIZES).index(task) for task in ROWS]
+    tasks = {
+        "list": ids,
+        "tensor": torch.tensor(ids),
+        "column": datasets.Dataset.from_dict({"task_ids": ids})["task_ids"],
+        "both kinds": [task if task == "small" else list(SIZES).index(task) for task in ROWS],
+    }[kind]
+    assert list(TaskSampler(tasks, 2.0)) == list(TaskSampler(ROWS, 2.0))
+
+
+# ------------------------------------------------------------------------------------------------------- many processes
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_accelerates_shards_share_an_epoch_out_without_duplicates(processes, split_batches):
+    sampler = TaskSampler(ROWS, num_samples=84)  # in batches of 6 or, split, of 12
+    size = 6 * processes if split_batches else 6
+    shards = [
+        list(BatchSamplerShard(BatchSampler(sampler, size, True), processes, index, split_batches))
+        for index in range(processes)
+    ]
+    drawn = [row for shard in shards for batch in shard for row in batch]
+    n_rows = len(sampler) // (6 * processes) * 6 * processes
+    assert len(drawn) == len(set(drawn)) == n_rows
+    assert len({len(shard) for shard in shards}) == 1
+    one_process = list(BatchSampler(sampler, 6 * processes, True))
+    by_step = [sorted(itertools.chain(*batches)) for batches in zip(*shards, strict=True)]
+    assert by_step == [sorted(batch) for batch in one_process]  # each step has the rows it has in one process
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_epoch_reaches_the_sampler_through_accelerates_loader(processes):
+    sampler = TaskSampler(ROWS, "uniform")
+    loader = DataLoader(list(range(len(ROWS))), batch_size=4, sampler=sampler)
+    prepared = prepare_data_loader(loader, num_processes=processes, process_index=0, put_on_device=False)
+    prepared.set_epoch(3)
+    assert sampler.epoch == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- Trainer
+class BalancedTrainer(TaskSamplingMixin, Trainer):
+    pass
+
+
+class Seen(TrainerCallback):
+    """Notes the tasks of each batch on their way into the model."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        forward = model.forward
+
+        def noting(*args, **kwargs):
+            self.batches.append(kwargs["task_ids"].tolist())
+            return forward(*args, **kwargs)
+
+        model.forward = noting
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        del model.forward
+
+
+def unequal(n: int = 24) -> list[dict]:
+    """Of eight rows, six are of the first task, one each of the others."""
+    return [{**row, "task": TASKS[max(0, index % 8 - 5)]} for index, row in enumerate(rows(n))]
+
+
+def balanced(folder, data, cls=BalancedTrainer, **settings):
+    torch.manual_seed(0)
+    config = PolyConfig(task_type="CAUSAL_LM", r=2, n_skills=2, task_names=TASKS, router_noise=False)
+    balance = {"task_balance": settings.pop("task_balance", "uniform")} if cls is BalancedTrainer else {}
+    settings = {"max_steps": -1, "num_train_epochs": 2, "seed": 5, **settings}
+    seen = Seen()
+    trainer = cls(
+        get_peft_model(llama(), config),
+        arguments(folder, **settings),
+        train_dataset=data,
+        data_collator=DataCollatorWithTaskIds(task_names=TASKS),
+        callbacks=[seen],
+        **balance,
+    )
+    return trainer, seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("column", ["task", "task_ids"])
+def test_a_trainer_draws_its_epochs_by_task(tmp_path, kind, column):
+    data = unequal() if column == "task" else with_ids(unequal())
+    trainer, seen = balanced(tmp_path, KINDS[kind](data))
+    trainer.train()
+    drawn = [task for batch in seen.batches for task in batch]
+    assert Counter(drawn[:24]) == Counter(drawn[24:]) == {0: 8, 1: 8, 2: 8}
+    tasks = [TASKS.index(row["task"]) for row in unequal()]
+    sampler = TaskSampler(tasks, "uniform", seed=5)
+    assert drawn == [tasks[row] for row in epoch(sampler, 0) + epoch(sampler, 1)]
+
+
+def test_the_seed_of_the_data_is_the_one_that_counts(tmp_path):
+    first = balanced(tmp_path, unequal(), seed=1, data_seed=5)[0]._get_train_sampler()
+    assert list(first) == list(TaskSampler([row["task"] for row in unequal()], "uniform", seed=5))
+
+
+def test_a_resumed_run_draws_what_an_uninterrupted_one_does(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 8  # in the second of two epochs of six steps
+
+    saved = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 3}
+    whole, all_seen = balanced(tmp_path / "whole", unequal(), **saved)
+    whole.train()
+    part, _ = balanced(tmp_path / "part", unequal(), **saved)
+    part.add_callback(Stop())
+    part.train()
+    again, rest = balanced(tmp_path / "part", unequal(), **saved)
+    again.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "part")))
+    assert len(all_seen.batches) == 12
+    assert rest.batches == all_seen.batches[8:]
+    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_epoch_reaches_the_sampler_when_a_run_of_two_processes_is_resumed(tmp_path):
+    trainer, _ = balanced(tmp_path, unequal())
+    sampler = trainer._get_train_sampler()
+    batches = BatchSamplerShard(BatchSampler(sampler, 4, False), 2, 1)
+    resumed = skip_first_batches(DataLoader(unequal(), batch_sampler=batches), 1)
+    assert len(resumed) == 2
+    trainer.state.epoch = 1.25
+    trainer.control = trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert sampler.epoch == 1
+    assert list(resumed.batch_sampler) == list(batches)[1:]
+
+
+def test_what_sampling_by_task_cannot_serve_is_refused(tmp_path):
+    stream = datasets.Dataset.from_list(unequal()).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"A stream of rows cannot be sampled by task.*interleave_datasets"):
+        balanced(tmp_path, stream, max_steps=2)
+    with pytest.raises(ValueError, match=r'must be "proportional", "uniform" or a temperature above 0, got \'even\''):
+        balanced(tmp_path, unequal(), task_balance="even")
+    new = "train_sampling_strategy" in inspect.signature(TrainingArguments).parameters
+    grouped = {"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}
+    with pytest.raises(ValueError, match=r"`task_balance` and `.*group_by_length.*both say the order"):
+        balanced(tmp_path, unequal(), **grouped)
+    bare, _ = balanced(tmp_path, [{"input_ids": [3], "labels": [3]}])
+    with pytest.raises(ValueError, match="Row 0 of the data set has neither a `task`"):
+        bare.train()
+
+
+def test_streams_are_mixed_by_the_probabilities():
+    parts = [datasets.Dataset.from_dict({"task": [task] * 1000}).to_iterable_dataset() for task in SIZES]
+    shares = task_probabilities(list(SIZES.values()), 2.0)
+    mixed = datasets.interleave_datasets(parts, probabilities=shares, seed=0)
+    drawn = Counter(row["task"] for row in itertools.islice(mixed, 1000))
+    for task, share in zip(SIZES, shares, strict=True):
+        assert drawn[task] / 1000 == pytest.approx(share, abs=0.05)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize("balance", [0, -1, float("nan"), True, None, "Uniform", [1]])
+def test_a_balance_that_is_none_is_refused(balance):
+    with pytest.raises(ValueError, match='must be "proportional", "uniform" or a temperature above 0'):
+        TaskSampler(ROWS, balance)
+
+
+def test_no_rows_and_no_samples_are_refused():
+    with pytest.raises(ValueError, match="Each task needs one row at least"):
+        TaskSampler([])
+    with pytest.raises(ValueError, match="Each task needs one row at least"):
+        task_probabilities([3, 0])
+    with pytest.raises(ValueError, match="num_samples must be 1 or more, got 0"):
+        TaskSampler(ROWS, num_samples=0)
