@@ -99,8 +99,6 @@ def test_two_metrics_of_one_name_are_refused():
 
 def test_settings_that_tear_the_rows_apart_are_refused():
     metrics = PerTaskMetrics(accuracy)
-    metrics.check_arguments(SimpleNamespace(batch_eval_metrics=False, eval_do_concat_batches=True))
-    with pytest.raises(ValueError, match="batch_eval_metrics=True"):
-        metrics.check_arguments(SimpleNamespace(batch_eval_metrics=True, eval_do_concat_batches=True))
+    metrics.check_arguments(SimpleNamespace(eval_do_concat_batches=True))
     with pytest.raises(ValueError, match="Set `eval_do_concat_batches=True`"):
-        metrics.check_arguments(SimpleNamespace(batch_eval_metrics=False, eval_do_concat_batches=False))
+        metrics.check_arguments(SimpleNamespace(eval_do_concat_batches=False))

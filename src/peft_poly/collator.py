@@ -10,7 +10,7 @@ from transformers import default_data_collator
 
 from .task_ids import nearest_name, rows_of_call
 
-__all__ = ["TASK_COLUMNS", "DataCollatorWithTaskIds", "tasks_of"]
+__all__ = ["DataCollatorWithTaskIds", "tasks_of"]
 
 TASK_COLUMNS = ("task_ids", "task")  # an id, a name; where a data set has both, the id is used
 

@@ -27,7 +27,7 @@ class PerTaskMetrics:
 
     Raises:
         ValueError: (when called) the ids are missing, not as many as rows, or beyond the names; two metrics would get
-            the same name; the trainer's `batch_eval_metrics` is on, or its `eval_do_concat_batches` off.
+            the same name; the trainer's `eval_do_concat_batches` is off (its `batch_eval_metrics` it refuses itself).
 
     Example:
 
@@ -101,8 +101,6 @@ class PerTaskMetrics:
 
     def check_arguments(self, args: Any) -> None:
         """Raise `ValueError` for `TrainingArguments` under which the rows do not come together in one call."""
-        if args.batch_eval_metrics:
-            raise ValueError("PerTaskMetrics needs all rows at once, but `batch_eval_metrics=True`. Set it to False.")
         if not args.eval_do_concat_batches:
             raise ValueError("PerTaskMetrics needs all rows at once. Set `eval_do_concat_batches=True`.")
 

@@ -36,11 +36,10 @@ def task_probabilities(sizes: Sequence[int], balance: Balance = "proportional") 
         ValueError: a size is not positive, or there is none; `balance` is something else.
 
     ```py
-    >>> task_probabilities([900, 100])
+    >>> for balance in ("proportional", 2, "uniform"):
+    ...     [round(share, 3) for share in task_probabilities([900, 100], balance)]
     [0.9, 0.1]
-    >>> task_probabilities([900, 100], balance=2)
     [0.75, 0.25]
-    >>> task_probabilities([900, 100], balance="uniform")
     [0.5, 0.5]
 
     ```
@@ -53,8 +52,7 @@ def task_probabilities(sizes: Sequence[int], balance: Balance = "proportional") 
         )
     if not len(sizes) or min(sizes) < 1:
         raise ValueError(f"Each task needs one row at least, got the sizes {list(sizes)!r}.")
-    logs = [math.log(size) / temperature for size in sizes]
-    shares = [math.exp(log - max(logs)) for log in logs]  # no overflow, however low the temperature
+    shares = [(size / max(sizes)) ** (1 / temperature) for size in sizes]  # no overflow, however low the temperature
     return [share / math.fsum(shares) for share in shares]
 
 
