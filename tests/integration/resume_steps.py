@@ -1,6 +1,6 @@
-"""A run with everything that is random: order of rows, router noise, dropout. As a script, it kills itself in mid-epoch.
+"""A run with all that is random: order of rows, router noise, dropout. As a script, runs of it kill themselves.
 
-python resume_steps.py folder sampling
+Called as `resume_steps.py folder sampling [sampling ...]`; each run has a folder of its own in there.
 """
 
 from __future__ import annotations
