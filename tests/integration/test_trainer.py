@@ -160,6 +160,8 @@ def test_the_settings_of_the_trainer_serve(tmp_path, settings):
         found = [{k: v for k, v in row.items() if k != "note"} for row in found]
     model = adapted()
     before = parameters(model)
+    if "gradient_checkpointing" in settings:
+        model.enable_input_require_grads()  # transformers 4 leaves it to the user, for LoRA too
     trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=TorchRows(found), eval_dataset=found)
     assert np.isfinite(trainer.train().training_loss)
     assert np.isfinite(trainer.evaluate()["eval_loss"])
