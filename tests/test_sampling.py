@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections import Counter
 
 import datasets
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
-from peft import get_peft_model
-from rows import KINDS, arguments, rows, with_ids
-from tiny import TASKS, llama
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from peft_poly import DataCollatorWithTaskIds, PolyConfig, TaskSampler, TaskSamplingMixin
+from peft_poly import TaskSampler
 from peft_poly.sampling import task_probabilities
 
 SIZES = {"big": 60, "mid": 25, "small": 3}
@@ -139,116 +133,7 @@ def test_the_epoch_reaches_the_sampler_through_accelerates_loader(processes):
     assert sampler.epoch == 3
 
 
-# ------------------------------------------------------------------------------------------------------------- Trainer
-class BalancedTrainer(TaskSamplingMixin, Trainer):
-    pass
-
-
-class Seen(TrainerCallback):
-    """Notes the tasks of each batch on their way into the model."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[int]] = []
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        forward = model.forward
-
-        def noting(*args, **kwargs):
-            self.batches.append(kwargs["task_ids"].tolist())
-            return forward(*args, **kwargs)
-
-        model.forward = noting
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        del model.forward
-
-
-def unequal(n: int = 24) -> list[dict]:
-    """Of eight rows, six are of the first task, one each of the others."""
-    return [{**row, "task": TASKS[max(0, index % 8 - 5)]} for index, row in enumerate(rows(n))]
-
-
-def balanced(folder, data, cls=BalancedTrainer, **settings):
-    torch.manual_seed(0)
-    config = PolyConfig(task_type="CAUSAL_LM", r=2, n_skills=2, task_names=TASKS, router_noise=False)
-    balance = {"task_balance": settings.pop("task_balance", "uniform")} if cls is BalancedTrainer else {}
-    settings = {"max_steps": -1, "num_train_epochs": 2, "seed": 5, **settings}
-    seen = Seen()
-    trainer = cls(
-        get_peft_model(llama(), config),
-        arguments(folder, **settings),
-        train_dataset=data,
-        data_collator=DataCollatorWithTaskIds(task_names=TASKS),
-        callbacks=[seen],
-        **balance,
-    )
-    return trainer, seen
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("column", ["task", "task_ids"])
-def test_a_trainer_draws_its_epochs_by_task(tmp_path, kind, column):
-    data = unequal() if column == "task" else with_ids(unequal())
-    trainer, seen = balanced(tmp_path, KINDS[kind](data))
-    trainer.train()
-    drawn = [task for batch in seen.batches for task in batch]
-    assert Counter(drawn[:24]) == Counter(drawn[24:]) == {0: 8, 1: 8, 2: 8}
-    tasks = [TASKS.index(row["task"]) for row in unequal()]
-    sampler = TaskSampler(tasks, "uniform", seed=5)
-    assert drawn == [tasks[row] for row in epoch(sampler, 0) + epoch(sampler, 1)]
-
-
-def test_the_seed_of_the_data_is_the_one_that_counts(tmp_path):
-    first = balanced(tmp_path, unequal(), seed=1, data_seed=5)[0]._get_train_sampler()
-    assert list(first) == list(TaskSampler([row["task"] for row in unequal()], "uniform", seed=5))
-
-
-def test_a_resumed_run_draws_what_an_uninterrupted_one_does(tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 8  # in the second of two epochs of six steps
-
-    saved = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 3}
-    whole, all_seen = balanced(tmp_path / "whole", unequal(), **saved)
-    whole.train()
-    part, _ = balanced(tmp_path / "part", unequal(), **saved)
-    part.add_callback(Stop())
-    part.train()
-    again, rest = balanced(tmp_path / "part", unequal(), **saved)
-    again.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "part")))
-    assert len(all_seen.batches) == 12
-    assert rest.batches == all_seen.batches[8:]
-    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_the_epoch_reaches_the_sampler_when_a_run_of_two_processes_is_resumed(tmp_path):
-    trainer, _ = balanced(tmp_path, unequal())
-    sampler = trainer._get_train_sampler()
-    batches = BatchSamplerShard(BatchSampler(sampler, 4, False), 2, 1)
-    resumed = skip_first_batches(DataLoader(unequal(), batch_sampler=batches), 1)
-    assert len(resumed) == 2
-    trainer.state.epoch = 1.25
-    trainer.control = trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
-    assert sampler.epoch == 1
-    assert list(resumed.batch_sampler) == list(batches)[1:]
-
-
-def test_what_sampling_by_task_cannot_serve_is_refused(tmp_path):
-    stream = datasets.Dataset.from_list(unequal()).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"A stream of rows cannot be sampled by task.*interleave_datasets"):
-        balanced(tmp_path, stream, max_steps=2)
-    with pytest.raises(ValueError, match=r'must be "proportional", "uniform" or a temperature above 0, got \'even\''):
-        balanced(tmp_path, unequal(), task_balance="even")
-    new = "train_sampling_strategy" in inspect.signature(TrainingArguments).parameters
-    grouped = {"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}
-    with pytest.raises(ValueError, match=r"`task_balance` and `.*group_by_length.*both say the order"):
-        balanced(tmp_path, unequal(), **grouped)
-    bare, _ = balanced(tmp_path, [{"input_ids": [3], "labels": [3]}])
-    with pytest.raises(ValueError, match="Row 0 of the data set has neither a `task`"):
-        bare.train()
-
-
+# ------------------------------------------------------------------------------------------------------------ streams
 def test_streams_are_mixed_by_the_probabilities():
     parts = [datasets.Dataset.from_dict({"task": [task] * 1000}).to_iterable_dataset() for task in SIZES]
     shares = task_probabilities(list(SIZES.values()), 2.0)
