@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Optional, cast
 
 import torch
 
@@ -21,12 +21,17 @@ from .model import PolyModel, tuner_of
 __all__ = ["LESSONS"]
 
 
+def _tuner_of(trainer: Any) -> Optional[PolyModel]:
+    model = trainer.accelerator.unwrap_model(trainer.model)  # FSDP puts its wrapper into the trainer
+    return tuner_of(getattr(model, "_orig_mod", model))  # `torch.compile` leaves the model there
+
+
 def _keeping_columns(method: Callable) -> Callable:
     """`task_ids` stays, and `task` where our collator is there to read it; TRL's trainers, too, come by here."""
 
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tuner = tuner_of(self.model)
+        tuner = _tuner_of(self)
         if tuner is not None:
             _check_rows_have_one_task(self, tuner)
             if self.args.remove_unused_columns:
@@ -56,7 +61,7 @@ def _handing_ids(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self.compute_metrics, PerTaskMetrics) or tuner_of(self.model) is None:
+        if not isinstance(self.compute_metrics, PerTaskMetrics) or _tuner_of(self) is None:
             return method(self, *args, **kwargs)
         self.compute_metrics.check_arguments(self.args)
         with _collecting_ids(self):

@@ -113,6 +113,16 @@ def test_evaluation_and_prediction_see_the_tasks(tmp_path, kind, column):
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(np.mean(by_batch[:7]), rel=1e-4)
 
 
+def test_a_stream_of_rows_keeps_its_tasks(tmp_path):
+    by_hand, model = adapted(), adapted()
+    plain_loop(by_hand, rows(8))
+    stream = datasets.Dataset.from_list(rows(8)).to_iterable_dataset()
+    settings = arguments(tmp_path, optim="sgd", learning_rate=0.5)
+    Trainer(model, settings, train_dataset=stream, data_collator=named()).train()
+    for name, parameter in parameters(by_hand).items():
+        torch.testing.assert_close(parameters(model)[name], parameter, rtol=1e-3, atol=1e-5)
+
+
 def test_a_column_with_the_tasks_names_is_dropped_where_nothing_reads_it(tmp_path):
     both = [{**row, "task_ids": TASKS.index(row["task"])} for row in rows(8)]
     for data in (TorchRows(both), datasets.Dataset.from_list(both)):
@@ -147,9 +157,10 @@ def test_the_signature_of_the_base_model_and_its_generate_stay_as_they_were():
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"label_smoothing_factor": 0.1},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
         {"length grouped": True},
     ],
-    ids=lambda settings: next(iter(settings)) + ("-reentrant" if len(settings) > 1 else ""),
+    ids=lambda settings: "-".join(settings),
 )
 def test_the_settings_of_the_trainer_serve(tmp_path, settings):
     found = with_ids(rows(12))
@@ -211,6 +222,21 @@ def test_metrics_are_logged_by_task(tmp_path, kind, settings):
     assert trainer.compute_metrics is metrics
     assert "prediction_step" not in vars(trainer)
     assert trainer.predict(KINDS[kind](found)).metrics["test_rte_accuracy"] == pytest.approx(expected["rte"])
+
+
+def test_a_compiled_model_is_evaluated_by_task_too(tmp_path):
+    found = [{k: v for k, v in row.items() if k != "note"} for row in classes(rows(8))]
+    logged = []
+    for compiled in (False, True):
+        model = adapted("bert")
+        trainer = Trainer(
+            torch.compile(model, backend="eager") if compiled else model,
+            arguments(tmp_path, remove_unused_columns=False),  # nobody sees the arguments of a compiled model
+            data_collator=named(), compute_metrics=PerTaskMetrics(accuracy, TASKS), eval_dataset=found,
+        )  # fmt: skip
+        logged.append({key: value for key, value in trainer.evaluate().items() if "accuracy" in key})
+    assert logged[0] == logged[1]
+    assert "eval_rte_accuracy" in logged[0]
 
 
 def test_the_best_model_can_be_the_one_of_a_task(tmp_path):
