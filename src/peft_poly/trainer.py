@@ -22,8 +22,7 @@ __all__ = ["LESSONS"]
 
 
 def _tuner_of(trainer: Any) -> Optional[PolyModel]:
-    model = trainer.accelerator.unwrap_model(trainer.model)  # FSDP puts its wrapper into the trainer
-    return tuner_of(getattr(model, "_orig_mod", model))  # `torch.compile` leaves the model there
+    return tuner_of(trainer.accelerator.unwrap_model(trainer.model))  # FSDP puts its wrapper there
 
 
 def _keeping_columns(method: Callable) -> Callable:

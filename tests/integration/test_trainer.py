@@ -224,21 +224,6 @@ def test_metrics_are_logged_by_task(tmp_path, kind, settings):
     assert trainer.predict(KINDS[kind](found)).metrics["test_rte_accuracy"] == pytest.approx(expected["rte"])
 
 
-def test_a_compiled_model_is_evaluated_by_task_too(tmp_path):
-    found = [{k: v for k, v in row.items() if k != "note"} for row in classes(rows(8))]
-    logged = []
-    for compiled in (False, True):
-        model = adapted("bert")
-        trainer = Trainer(
-            torch.compile(model, backend="eager") if compiled else model,
-            arguments(tmp_path, remove_unused_columns=False),  # nobody sees the arguments of a compiled model
-            data_collator=named(), compute_metrics=PerTaskMetrics(accuracy, TASKS), eval_dataset=found,
-        )  # fmt: skip
-        logged.append({key: value for key, value in trainer.evaluate().items() if "accuracy" in key})
-    assert logged[0] == logged[1]
-    assert "eval_rte_accuracy" in logged[0]
-
-
 def test_the_best_model_can_be_the_one_of_a_task(tmp_path):
     found = TorchRows(classes(rows(12)))
     trainer = Trainer(
