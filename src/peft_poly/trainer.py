@@ -1,7 +1,8 @@
 """What transformers' `Trainer` learns about tasks: columns it must keep, and the ids of the rows it evaluates.
 
 The lessons are wrappers of its methods, put on by `registration.py`; for a model that is not task-routed they pass
-straight through. Nothing of the model changes, so that compiling, copying, saving and generating are as before.
+straight through. They spare the base model a `forward` with another signature, which copying, compiling, unloading,
+replicas on other devices and the checks of `generate` would all meet.
 """
 
 from __future__ import annotations

@@ -61,6 +61,20 @@ def test_a_resumed_run_draws_what_an_uninterrupted_one_does(tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_a_batch_that_does_not_fit_is_made_smaller_and_stays_balanced(tmp_path):
+    trainer, seen = balanced(tmp_path, unequal(), auto_find_batch_size=True, num_train_epochs=1)
+
+    def out_of_memory(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 3:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.model.get_base_model().register_forward_pre_hook(out_of_memory, with_kwargs=True)
+    trainer.train()
+    fitted = [batch for batch in seen.batches if len(batch) <= 3]
+    assert len(fitted) < len(seen.batches)
+    assert Counter(task for batch in fitted for task in batch) == {0: 8, 1: 8, 2: 8}
+
+
 def test_the_epoch_reaches_the_sampler_when_a_run_of_two_processes_is_resumed(tmp_path):
     trainer, _ = balanced(tmp_path, unequal())
     sampler = trainer._get_train_sampler()
