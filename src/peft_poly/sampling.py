@@ -64,8 +64,8 @@ class TaskSampler(Sampler[int]):
     no row comes twice as long as another of its task has not come. `"proportional"` thus is each row once, shuffled.
 
     Order and choice depend on the seed and the epoch alone, so that all processes see the same; accelerate, and so the
-    `Trainer`, gives each its part of the batches. Outside of the `Trainer` call `set_epoch` before each epoch, as for
-    torch's `DistributedSampler` (accelerate's `dataloader.set_epoch` does it).
+    `Trainer`, gives each its part of the batches. In a loop of your own call `set_epoch` before each epoch, as for torch's
+    `DistributedSampler`; of accelerate, only newer releases do it, and not for a loader that skips its first batches.
 
     Args:
         tasks: the task of each row of the data set, id or name, such as a column of it.
@@ -199,7 +199,7 @@ def _order_of_rows(args: Any) -> Optional[str]:
 
 
 class _Epochs(TrainerCallback):
-    """Tells the sampler the epoch: where a run with several processes is resumed, accelerate does not."""
+    """Tells the sampler the epoch, which accelerate does not where a run with several processes is resumed."""
 
     def __init__(self, trainer: TaskSamplingMixin) -> None:
         self.trainer = trainer
