@@ -22,12 +22,14 @@ EXTRAS["test"] = [
     *EXTRAS["docs"],
     *EXTRAS["plot"],
     "bitsandbytes>=0.48",
+    "datasets>=4.4",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "pytest>=8.3",
     "selenium>=4.20",
     "setuptools>=77",
     "transformers>=4.57,!=5.24.*",  # its own `add_adapter` refuses every released PEFT
+    "trl>=0.24",
 ]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -7,12 +7,17 @@ import tempfile
 import threading
 from pathlib import Path
 
+import datasets
 import peft
 import pytest
 import torch
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
+from rows import QUIET, TorchRows, arguments, rows, tokenizer, with_ids
 from tiny import MLP, bert, gpt2, llama, t5
+from transformers import Trainer
+
+from peft_poly import DataCollatorWithTaskIds
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 NAMED = Version(re.search(r"PEFT's Poly \(peft ([\d.]+)\)", README)[1])
@@ -45,6 +50,30 @@ def test_a_checkpointed_layer_loses_its_task(reentrant):
     loss = model(input_ids=IDS, labels=IDS, task_ids=TASKS).loss
     with pytest.raises(ValueError, match="task_ids should not be None"):
         loss.backward()
+
+
+def test_the_stock_trainer_drops_its_ids(tmp_path):
+    data = TorchRows(with_ids(rows(4)))
+    with pytest.raises(ValueError, match="task_ids should not be None"):
+        Trainer(poly(llama()), arguments(tmp_path), train_dataset=data).train()
+
+
+def test_sft_fails_in_its_checkpointing_even_with_a_collator_that_keeps_the_ids(tmp_path):
+    trl = pytest.importorskip("trl")
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    def train(**settings):
+        trl.SFTTrainer(
+            poly(llama()),
+            trl.SFTConfig(str(tmp_path), **{**QUIET, "bf16": False, "remove_unused_columns": False, **settings}),
+            train_dataset=datasets.Dataset.from_list(with_ids(rows(4))),
+            processing_class=tokenizer(),
+            data_collator=DataCollatorWithTaskIds(DataCollatorForLanguageModeling(pad_token_id=0)),
+        ).train()
+
+    with pytest.raises(ValueError, match="task_ids should not be None"):
+        train()
+    train(gradient_checkpointing=False)
 
 
 def test_it_is_more_than_one_graph():

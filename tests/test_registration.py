@@ -40,10 +40,11 @@ for name, script in json.load(sys.stdin).items():
 @pytest.fixture(scope="module")
 def printed() -> dict[str, str]:
     """What each script prints in a process of its own, where importing, reloading and deleting harm nobody."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", HARNESS],
-        input=json.dumps({"others": OTHERS, "reload": RELOAD, "unfit": UNFIT}),
+        input=json.dumps({"others": OTHERS, "reload": RELOAD, "unfit": UNFIT, "late": LATE}),
         capture_output=True,
         text=True,
         env=environment,
@@ -90,7 +91,7 @@ from tiny import CASES, first
 from transformers import GenerationMixin
 
 classes = {peft.PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
-methods = ["forward", "generate", "save_pretrained", "push_to_hub", "create_or_update_model_card"]
+methods = ["forward", "generate", "save_pretrained", "push_to_hub", "create_or_update_model_card", "get_base_model"]
 doors = [(c, n) for c in classes for n in methods if hasattr(c, n)] + [(GenerationMixin, "generate")]
 
 def signatures():
@@ -210,6 +211,29 @@ print("reloaded:", len(names))
 
 def test_models_work_after_the_package_or_any_module_is_reloaded(printed):
     assert int(printed["reloaded"]) >= 10
+
+
+# ------------------------------------------------------------------------------------------------------ the Trainer
+LATE = """
+import sys, tempfile
+import peft, peft_poly, tiny
+
+assert "transformers.trainer" not in sys.modules  # nor what it brings: who does not train can do without
+model = peft.get_peft_model(tiny.llama(), peft_poly.PolyConfig(task_type="CAUSAL_LM", n_tasks=3))
+from transformers import Trainer, TrainingArguments  # only now
+
+methods = {name: getattr(Trainer, name) for name in ("_remove_unused_columns", "evaluation_loop")}
+row = {"input_ids": [3, 4], "labels": [3, 4], "task_ids": 2, "note": "of no use"}
+arguments = TrainingArguments(tempfile.mkdtemp(), report_to=[], use_cpu=True, dataloader_pin_memory=False)
+batch = next(iter(Trainer(model, arguments, train_dataset=[row]).get_train_dataloader()))
+print("late:", sorted(batch), batch["task_ids"].tolist())
+print("wrapped:", all(getattr(Trainer, name)._peft_poly_wraps is method for name, method in methods.items()))
+"""
+
+
+def test_a_trainer_that_is_imported_after_the_model_was_made_keeps_the_column(printed):
+    assert printed["late"] == "['input_ids', 'labels', 'task_ids'] [2]"
+    assert printed["wrapped"] == "True"
 
 
 # --------------------------------------------------------------------------------------------------- unfit PEFT

@@ -29,6 +29,7 @@ FOOTING = {
         "PeftModel.save_pretrained",
         "PeftModel.push_to_hub",
         "PeftModel.create_or_update_model_card",
+        "PeftModel.get_base_model",
     ),
     "peft.tuners.tuners_utils": (
         "BaseTuner.inject_adapter",

@@ -22,7 +22,7 @@ from .task_ids import TaskIds, rows_of_call
 from .tasks import TaskContext, generation
 from .verbs import TaskVerbs, task_contexts
 
-__all__ = ["PolyModel"]
+__all__ = ["PolyModel", "tuner_of"]
 
 
 class PolyModel(TaskVerbs, BaseTuner):
@@ -259,6 +259,12 @@ class PolyModel(TaskVerbs, BaseTuner):
             if isinstance(module, PolyLayer):
                 return not module.disable_adapters
         return False
+
+
+def tuner_of(model: Any) -> Optional[PolyModel]:
+    """The tuner of a `PeftModel` with a task-routed adapter; None for every other model."""
+    tuner = getattr(model, "_modules", {}).get("base_model")
+    return tuner if hasattr(type(tuner), "routed") else None  # not by the class, which a reload replaces
 
 
 def _notes_tasks(hook: Any) -> bool:

@@ -3,17 +3,20 @@
 PEFT hands `task_ids` on for its own Poly only, and its `generate` and plain `PeftModel` for none. So the `forward` and
 `generate` of its model classes, and transformers' `generate`, are wrapped: for a task-routed model the wrapper takes
 `task_ids` out of the call and enters the tuner's context with them; every other model passes straight through. The
-saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`. Wrapping keeps names
-and signatures, is marked, and is done once however often the package is imported or reloaded.
+saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`, and so is
+transformers' `Trainer`, for the lessons of `trainer.py`. Wrapping keeps names and signatures, is marked, and is done
+once however often the package is imported or reloaded.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.peft_model import PeftModel
@@ -22,8 +25,9 @@ from transformers import GenerationMixin
 
 from . import saving
 from .config import PolyConfig
-from .model import PolyModel
+from .model import PolyModel, tuner_of
 from .tasks import generation
+from .trainer import LESSONS
 
 __all__ = ["register"]
 
@@ -44,6 +48,8 @@ def register() -> None:
     _wrap(PeftModel, "save_pretrained", _for_poly(saving.save_pretrained))
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
     _wrap(PeftModel, "create_or_update_model_card", _for_poly(saving.create_or_update_model_card))
+    _wrap(PeftModel, "get_base_model", _asked_for_base)
+    _teach_trainer()
 
 
 def _wrap(cls: Any, name: str, make: Callable[[Callable], Callable]) -> None:
@@ -57,18 +63,13 @@ def _wrap(cls: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     setattr(cls, name, wrapper)
 
 
-def _tuner(model: Any) -> PolyModel | None:
-    tuner = model._modules.get("base_model")
-    return tuner if hasattr(type(tuner), "routed") else None  # not by the class, which a reload replaces
-
-
 def _routed(method: Callable) -> Callable:
     parameters = list(inspect.signature(method).parameters)
     position = parameters.index("task_ids") - 1 if "task_ids" in parameters else None
 
     @functools.wraps(method)
     def wrapper(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        tuner = _tuner(self)
+        tuner = tuner_of(self)
         if tuner is None:
             return method(self, *args, **kwargs)
         task_ids = kwargs.pop("task_ids", None)
@@ -89,13 +90,41 @@ def _generating(method: Callable) -> Callable:
     return wrapper
 
 
+def _asked_for_base(method: Callable) -> Callable:
+    """A `Trainer` asks for the base model when it is made: if it was not there to be taught before, now it is."""
+
+    @functools.wraps(method)
+    def wrapper(self: PeftModel) -> Any:
+        if not torch.compiler.is_compiling() and tuner_of(self) is not None and not _is_taught():
+            _teach_trainer()
+        return method(self)
+
+    return wrapper
+
+
+def _trainer() -> Any:
+    # Not imported here: it brings `datasets` and more with it, which those who do not train can do without.
+    return getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+
+
+def _is_taught() -> bool:
+    trainer = _trainer()
+    return trainer is None or any(hasattr(vars(trainer).get(name), MARK) for name in LESSONS)
+
+
+def _teach_trainer() -> None:
+    trainer = _trainer()
+    for name, make in LESSONS.items() if trainer is not None else ():
+        _wrap(trainer, name, make)
+
+
 def _for_poly(ours: Callable) -> Callable[[Callable], Callable]:
     """`ours(method, model, ...)` for task-routed models, `method(model, ...)` for all others."""
 
     def make(method: Callable) -> Callable:
         @functools.wraps(method)
         def wrapper(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-            if _tuner(self) is None:
+            if tuner_of(self) is None:
                 return method(self, *args, **kwargs)
             return ours(functools.partial(method, self), self, *args, **kwargs)
 

@@ -10,7 +10,7 @@ import torch
 
 from .config import PolyConfig
 
-__all__ = ["TaskIds", "no_task_message", "resolve_task", "resolve_tasks", "rows_of_call"]
+__all__ = ["TaskIds", "nearest_name", "no_task_message", "resolve_task", "resolve_tasks", "rows_of_call"]
 
 TaskIds = Union[torch.Tensor, Sequence[Union[int, str]], int, str]
 
@@ -107,6 +107,13 @@ def no_task_message(config: PolyConfig, adapter_name: str) -> str:
     )
 
 
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """A hint for the message about an unknown name, with a space before it; empty if no known name is near."""
+    folded = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    return f" Did you mean {folded[near[0]]!r}?" if near else ""
+
+
 def _integer_ids(ids: torch.Tensor) -> torch.Tensor:
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"task_ids must be integers or task names, got a tensor of dtype {ids.dtype}.")
@@ -144,7 +151,5 @@ def _id_of_name(name: str, config: PolyConfig, adapter_name: str) -> int:
         )
     if name in config.task_names:
         return config.task_names.index(name)
-    folded = {known.casefold(): known for known in config.task_names}
-    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
-    hint = f" Did you mean {folded[near[0]]!r}?" if near else ""
+    hint = nearest_name(name, config.task_names)
     raise ValueError(f"Unknown task {name!r}.{hint} Adapter {adapter_name!r} knows: {', '.join(config.task_names)}.")

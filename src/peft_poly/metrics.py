@@ -1,0 +1,148 @@
+"""Metrics task by task: one table, task x metric, from any `compute_metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+from transformers import EvalPrediction
+
+__all__ = ["PerTaskMetrics"]
+
+
+class PerTaskMetrics:
+    """Makes a `compute_metrics` answer for each task by itself, and for all rows.
+
+    Pass it to any `Trainer` as `compute_metrics=`. At each evaluation it calls the function once with all rows and once
+    with the rows of each task that is there. The trainer then logs `eval_<metric>` and `eval_<task>_<metric>`, and
+    `table` has the same by task; `str()` prints it, with the mean over tasks.
+
+    Args:
+        compute_metrics: takes an `EvalPrediction`, returns `{metric: value}`.
+        task_names: the adapter's `task_names`; None: tasks are called by their ids.
+
+    Attributes:
+        table: `{task: {metric: value}}` of the last evaluation; empty before.
+
+    Raises:
+        ValueError: (when called) the ids are missing, not as many as rows, or beyond the names; two metrics would get
+            the same name; the trainer's `eval_do_concat_batches` is off (its `batch_eval_metrics` it refuses itself).
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from peft_poly import PerTaskMetrics
+    >>> from transformers import EvalPrediction
+    >>> accuracy = lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
+    >>> metrics = PerTaskMetrics(accuracy, ["rte", "sst2"])
+    >>> rows = EvalPrediction(predictions=np.eye(3), label_ids=np.array([0, 1, 0]))
+    >>> metrics(rows, task_ids=np.array([0, 1, 1]))["sst2_accuracy"]
+    0.5
+    >>> print(metrics)
+    task  accuracy
+    rte          1
+    sst2       0.5
+    mean      0.75
+
+    ```
+    """
+
+    def __init__(
+        self,
+        compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]],
+        task_names: Optional[Sequence[str]] = None,
+    ) -> None:
+        self.compute_metrics = compute_metrics
+        self.task_names = None if task_names is None else list(task_names)
+        self.table: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, prediction: EvalPrediction, task_ids: Optional[np.ndarray] = None) -> dict[str, Any]:
+        """Metrics of all rows, and of each task as `<task>_<metric>`.
+
+        Args:
+            prediction: what a trainer hands over.
+            task_ids: the rows' tasks, `(rows,)`. A trainer of a task-routed model passes them. None: the last of
+                `prediction.label_ids`, where `TrainingArguments(label_names=[..., "task_ids"])` puts them.
+        """
+        if task_ids is None:
+            prediction, task_ids = self._ids_among_labels(prediction)
+        n_rows = _n_rows(prediction.predictions)
+        if len(task_ids) != n_rows:
+            raise ValueError(f"There are {len(task_ids)} task ids for {n_rows} predictions; one per row is needed.")
+        metrics = dict(self.compute_metrics(prediction))
+        self.table = {
+            self._name(task): dict(self.compute_metrics(_rows(prediction, np.flatnonzero(task_ids == task))))
+            for task in np.unique(task_ids).tolist()
+        }
+        for name, row in self.table.items():
+            for metric, value in row.items():
+                key = f"{name}_{metric}"
+                if key in metrics:
+                    raise ValueError(f"The metric {key!r} of all rows has the name of {metric!r} of the task {name!r}.")
+                metrics[key] = value
+        return metrics
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(metric for row in self.table.values() for metric in row))
+        values = {metric: [row[metric] for row in self.table.values() if metric in row] for metric in names}
+        mean = {metric: np.mean(found) for metric, found in values.items()}
+        rows = [["task", *names]]
+        for task, row in [*self.table.items(), ("mean", mean)]:
+            rows.append([task, *(f"{row[metric]:.4g}" if metric in row else "" for metric in names)])
+        first = max(len(row[0]) for row in rows)
+        widths = [max(len(cell) for cell in column) for column in list(zip(*rows, strict=True))[1:]]
+        lines = [
+            "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))])
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+    def check_arguments(self, args: Any) -> None:
+        """Raise `ValueError` for `TrainingArguments` under which the rows do not come together in one call."""
+        if not args.eval_do_concat_batches:
+            raise ValueError("PerTaskMetrics needs all rows at once. Set `eval_do_concat_batches=True`.")
+
+    def _name(self, task: int) -> str:
+        if self.task_names is None:
+            return str(task)
+        if not 0 <= task < len(self.task_names):
+            raise ValueError(f"Task id {task} has no name: there are {len(self.task_names)} task_names.")
+        return self.task_names[task]
+
+    @staticmethod
+    def _ids_among_labels(prediction: EvalPrediction) -> tuple[EvalPrediction, np.ndarray]:
+        labels = prediction.label_ids
+        if not isinstance(labels, tuple) or len(labels) < 2 or np.ndim(labels[-1]) != 1:
+            raise ValueError(
+                "PerTaskMetrics was given no task ids. A trainer whose model is a task-routed PeftModel passes them; "
+                'with any other, set `TrainingArguments(label_names=["labels", "task_ids"])`.'
+            )
+        rest = labels[0] if len(labels) == 2 else labels[:-1]
+        further = {"inputs": prediction.inputs, "losses": prediction.losses}
+        return EvalPrediction(predictions=prediction.predictions, label_ids=rest, **further), np.asarray(labels[-1])
+
+
+def _n_rows(predictions: Any) -> int:
+    while isinstance(predictions, (tuple, list)):
+        predictions = predictions[0]
+    return len(predictions)
+
+
+def _rows(prediction: EvalPrediction, index: np.ndarray) -> EvalPrediction:
+    """The rows at `index` `(n,)` of everything that a trainer handed over."""
+
+    def of(value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, Mapping):
+            return {key: of(entry) for key, entry in value.items()}
+        return type(value)(of(entry) for entry in value) if isinstance(value, (tuple, list)) else value[index]
+
+    return EvalPrediction(
+        predictions=of(prediction.predictions),
+        label_ids=of(prediction.label_ids),
+        inputs=of(prediction.inputs),
+        losses=of(prediction.losses),
+    )
