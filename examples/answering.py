@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from ranking import Ranker, load_tasks
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,11 +21,14 @@ class UnknownTaskError(Exception):
     """The adapter has no such task; the message has the closest match."""
 
 
+Option = Annotated[str, Field(min_length=1, max_length=2_000)]  # without a limit, pydantic lets half characters in
+
+
 class Request(BaseModel):
     """What every request has; a key that is not known is an error."""
 
     model_config = ConfigDict(extra="forbid")
-    task: StrictInt | StrictStr = Field(description="A task's name or id.")
+    task: StrictInt | Annotated[str, Field(max_length=1_000)] = Field(description="A task's name or id.")
     input: str = Field(min_length=1, max_length=20_000)
 
 
@@ -33,7 +36,7 @@ class RankRequest(Request):
     """A text, and options to choose from: those that the task was trained on, if none are given."""
 
     instruction: str | None = Field(None, max_length=2_000, description="What is asked; the task's own by default.")
-    options: list[str] | None = Field(None, min_length=2, max_length=64, description="The task's own by default.")
+    options: list[Option] | None = Field(None, min_length=2, max_length=64, description="The task's own by default.")
 
 
 class RankAnswer(BaseModel):

@@ -20,7 +20,8 @@ import torch
 import uvicorn
 from answering import GenerateService, RankService, Service, UnknownTaskError, tasks_of_data
 from batching import Batcher, RefusedError
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from peft import PeftConfig, PeftModel
 from train_multitask import MINILM, Arguments, load_encoder
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -57,6 +58,12 @@ def create_app(service: Service, **batching: Any) -> FastAPI:
             return await batcher.submit(item)
         except RefusedError as error:
             raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        """Says what is wrong and where, without the input: it may be long, or hold half a character."""
+        detail = [{key: part[key] for key in ("type", "loc", "msg")} for part in error.errors()]
+        return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
 
     @app.get("/tasks")
     async def tasks() -> dict[str, Any]:
