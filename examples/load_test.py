@@ -4,7 +4,9 @@ For each setting it starts the server, sends the same requests from so many clie
 other, tasks in turn, and stops the server. Settings: no batching; batches of one task each; mixed batches.
 
     python examples/load_test.py outputs/multitask
-    python examples/load_test.py outputs/multitask --clients 8 --requests 400
+    python examples/load_test.py my-adapter --clients 8 --model my-base --device cuda
+
+What is not a setting of this script goes to `serve.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import httpx
 from ranking import load_tasks, rows_of
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -56,9 +59,9 @@ class Figures:
 
 
 @contextmanager
-def server(adapter: str, settings: list[str], threads: int) -> Iterator[str]:
+def server(arguments: list[str], threads: int) -> Iterator[str]:
     """A server of its own on a free port of this machine; gives its address, and ends it."""
-    command = [sys.executable, str(HERE / "serve.py"), adapter, "--host", "127.0.0.1", "--port", "0", *settings]
+    command = [sys.executable, str(HERE / "serve.py"), *arguments, "--host", "127.0.0.1", "--port", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -119,13 +122,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60, help="stop a setting after so long (default: 60)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the server's computation (default: 1)")
     parser.add_argument("--data", default=str(HERE / "data"), help="folder of *.jsonl files with texts to send")
-    args = parser.parse_args(argv)
-    table = Table(title=f"{args.requests} requests from {args.clients} clients, {args.threads} thread(s)")
-    table.add_column("")
-    for column in ("requests/s", "median ms", "95 % ms", "rows a batch", "tasks a batch", "failures"):
-        table.add_column(column, justify="right")
+    args, others = parser.parse_known_args(argv)
+    table = Table(
+        *("", "requests/s", "median ms", "95 % ms", "rows", "tasks", "failed"),
+        title=f"{args.requests} requests from {args.clients} clients; rows and tasks are those of a batch",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
     for name, settings in SETTINGS.items():
-        with console.status(name), server(args.adapter, settings, args.threads) as address:
+        with console.status(name), server([args.adapter, *settings, *others], args.threads) as address:
             figures = asyncio.run(load(address, args.data, args.requests, args.clients, args.seconds))
         table.add_row(name, *figures.cells())
     console.print(table)

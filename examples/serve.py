@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         service = load_service(args)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        hint = "" if Path(args.adapter).is_dir() else " (`make demo` trains one, into outputs/multitask.)"
+        raise SystemExit(f"error: {error}{hint}") from error
     batching = {"max_batch": args.max_batch, "max_wait": args.max_wait / 1000, "max_queue": args.max_queue}
     app = create_app(service, **batching, mixed=not args.one_task_batches)
     print(f"{len(service.tasks)} tasks: {', '.join(map(str, service.tasks))}")
