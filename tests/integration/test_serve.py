@@ -9,11 +9,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -395,20 +390,23 @@ class TestServer:
         with pytest.raises(httpx.ConnectError):
             httpx.post(address, json=GOOD)
 
-    def test_the_script_serves_until_it_is_told_to_end(self, folders):
-        command = [sys.executable, str(EXAMPLES / "serve.py"), "bert", "--port", "0", "--device", "cpu"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, cwd=folders, env={**os.environ}, **pipes) as process:
-            for line in process.stderr:
-                if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                    break
-            try:
-                assert httpx.get(f"{found[0]}/healthz").json() == {"status": "ok"}
-                assert httpx.post(f"{found[0]}/rank", json=GOOD).json()["answer"] in OPTIONS["rte"]
-                assert "/rank" in httpx.get(f"{found[0]}/openapi.json").json()["paths"]
-            finally:
-                process.send_signal(signal.SIGTERM)
-                output, errors = process.communicate(timeout=LONG)
-        assert "3 tasks: rte, sst2, boolq" in output
-        assert "Traceback" not in errors
-        assert process.returncode in (0, -signal.SIGTERM)
+    def test_the_script_serves_a_load_test_and_ends_when_told_to(self, monkeypatch, folders):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        load_test = importlib.import_module("load_test")
+        with load_test.server([str(folders / "bert"), "--device", "cpu"], threads=1) as address:
+            assert httpx.get(f"{address}/healthz").json() == {"status": "ok"}
+            assert "/rank" in httpx.get(f"{address}/openapi.json").json()["paths"]
+            figures = asyncio.run(load_test.load(address, str(folders / "data"), n=30, clients=4, seconds=LONG))
+        assert len(figures.latencies) == 30
+        assert figures.failures == 10  # those of the task that has no options of its own
+        assert 5 <= figures.batches <= 20
+        assert figures.kinds <= 20
+        with pytest.raises(httpx.ConnectError):  # it has ended
+            httpx.get(f"{address}/healthz")
+
+    def test_a_server_that_does_not_start_says_why(self, monkeypatch, tmp_path):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        load_test = importlib.import_module("load_test")
+        monkeypatch.setattr(load_test.sys, "executable", "false")
+        with pytest.raises(SystemExit, match="did not start"), load_test.server([str(tmp_path)], threads=1):
+            pass
