@@ -10,6 +10,7 @@ A wrong request is refused before it gets into a batch, and when too many wait, 
 
 import argparse
 import json
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -129,6 +130,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's calls, not the user's
     args = parse(argv)
     try:
         service = load_service(args)
