@@ -49,13 +49,15 @@ class Figures:
     failures: int = 0
     batches: int = 0
     kinds: int = 0
+    cpu_seconds: float = 0.0
 
     def cells(self) -> list[str]:
         """What the table says of it."""
         done = sorted(self.latencies)
         middle, late = (f"{1000 * done[int(share * (len(done) - 1))]:.0f}" for share in (0.5, 0.95))
         sizes = [f"{count / self.batches:.1f}" for count in (len(done), self.kinds)]
-        return [f"{len(done) / self.seconds:.0f}", middle, late, *sizes, str(self.failures)]
+        cost = f"{1000 * self.cpu_seconds / len(done):.1f}"
+        return [f"{len(done) / self.seconds:.0f}", middle, late, cost, *sizes, str(self.failures)]
 
 
 @contextmanager
@@ -110,7 +112,8 @@ async def load(address: str, data: str, n: int, clients: int, seconds: float) ->
         for task in [*done, *left]:
             task.cancel() if task in left else task.result()
         after = (await http.get("/stats")).json()
-    figures.batches, figures.kinds = (after[key] - before[key] for key in ("batches", "kinds"))
+    for key in ("batches", "kinds", "cpu_seconds"):
+        setattr(figures, key, after[key] - before[key])
     return figures
 
 
@@ -124,8 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default=str(HERE / "data"), help="folder of *.jsonl files with texts to send")
     args, others = parser.parse_known_args(argv)
     table = Table(
-        *("", "requests/s", "median ms", "95 % ms", "rows", "tasks", "failed"),
-        title=f"{args.requests} requests from {args.clients} clients; rows and tasks are those of a batch",
+        *("", "requests/s", "median", "95 %", "CPU", "rows", "tasks", "failed"),
+        title=f"{args.requests} requests from {args.clients} clients: latencies and CPU time of one in ms, "
+        "rows and tasks of a batch",
         box=box.SIMPLE_HEAD,
     )
     for column in table.columns[1:]:

@@ -10,6 +10,7 @@ A wrong request is refused before it gets into a batch, and when too many wait, 
 
 import argparse
 import json
+import time
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -77,8 +78,8 @@ def create_app(service: Service, **batching: Any) -> FastAPI:
         return {"status": "ok"}
 
     @app.get("/stats")
-    async def stats() -> dict[str, int]:
-        return {**asdict(batcher.stats), "waiting": batcher.waiting}
+    async def stats() -> dict[str, float]:
+        return {**asdict(batcher.stats), "waiting": batcher.waiting, "cpu_seconds": time.process_time()}
 
     return app
 

@@ -155,6 +155,7 @@ class TestRanking:
     def test_a_mixed_batch_answers_what_a_naive_loop_does(self, serve, service, folders):
         app = serve.create_app(service("bert"), max_batch=6, max_wait=LONG)
         responses, stats = post_all(app, "/rank", RANKED)
+        assert stats.pop("cpu_seconds") > 0
         assert stats == {"answered": 6, "refused": 0, "batches": 1, "kinds": 3, "waiting": 0}
         for response, body in zip(responses, RANKED, strict=True):
             wanted = naive_ranking(folders, body)
@@ -401,6 +402,7 @@ class TestServer:
         assert figures.failures == 10  # those of the task that has no options of its own
         assert 5 <= figures.batches <= 20
         assert figures.kinds <= 20
+        assert figures.cpu_seconds > 0
         with pytest.raises(httpx.ConnectError):  # it has ended
             httpx.get(f"{address}/healthz")
 
