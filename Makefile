@@ -12,11 +12,12 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+SERVE_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo test quality style docs bench bench-quick clean
+.PHONY: help demo serve test quality style docs bench bench-quick clean
 .NOTPARALLEL:
 
 help: ## list the verbs
@@ -35,6 +36,9 @@ $(VENV)/.%: $(VENV)/.torch
 
 demo: $(VENV)/.demo ## train one adapter on ten text tasks, and print a table
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/train_multitask.py $(DEMO_ARGS)  # idle threads sleep: a busy machine is no trap
+
+serve: $(VENV)/.demo $(VENV)/.serve ## answer requests for the tasks of the demo's adapter, at port 8000
+	$(BIN)/python examples/serve.py outputs/multitask $(SERVE_ARGS)
 
 test: $(VENV)/.test ## run the tests, all but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)

@@ -16,13 +16,18 @@ EXTRAS = {
     "docs": ["docutils>=0.21", "furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.1"],
     "plot": ["matplotlib>=3.9", "scipy>=1.13"],
     "quality": ["mypy>=1.14", "ruff>=0.9"],
+    "serve": ["fastapi>=0.115", "httpx>=0.27", "pydantic>=2.7", "uvicorn>=0.30"],  # for examples/serve.py
 }
 EXTRAS["test"] = [
     *EXTRAS["demo"],
     *EXTRAS["docs"],
     *EXTRAS["plot"],
+    *EXTRAS["serve"],
     "bitsandbytes>=0.48",
     "datasets>=4.4",
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "pytest>=8.3",

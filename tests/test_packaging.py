@@ -26,7 +26,7 @@ from peft_poly.compat import PEFT_VERSIONS
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-VERBS = ["demo", "test", "quality", "style", "docs", "bench", "bench-quick", "clean"]
+VERBS = ["demo", "serve", "test", "quality", "style", "docs", "bench", "bench-quick", "clean"]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
@@ -92,7 +92,7 @@ class TestDistributions:
         assert metadata["License-Expression"] == "Apache-2.0"
         assert metadata["Description-Content-Type"] == "text/markdown"
         assert metadata.get_payload().strip() == README.strip()
-        assert set(metadata.get_all("Provides-Extra")) == {"demo", "dev", "docs", "plot", "quality", "test"}
+        assert set(metadata.get_all("Provides-Extra")) == {"demo", "dev", "docs", "plot", "quality", "serve", "test"}
 
     def test_it_can_be_installed_on_the_pythons_that_ci_runs(self, metadata):
         allowed = SpecifierSet(metadata["Requires-Python"])

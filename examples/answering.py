@@ -1,0 +1,229 @@
+"""What `serve.py` answers, and how one batch of requests becomes one forward: ranking, and generation.
+
+A service checks a request when it comes, so that nothing wrong gets into a batch, and turns it into token ids. Later
+its `run` answers many of them at once, each row with the task of its own. `check` runs in the thread of the server and
+`run` in that of the batches; only `check` calls the tokenizer, which is not made for two threads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from ranking import Ranker, load_tasks
+from torch.nn.utils.rnn import pad_sequence
+
+
+class UnknownTaskError(Exception):
+    """The adapter has no such task; the message has the closest match."""
+
+
+Option = Annotated[str, Field(min_length=1, max_length=2_000)]  # without a limit, pydantic lets half characters in
+
+
+class Request(BaseModel):
+    """What every request has; a key that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+    task: StrictInt | Annotated[str, Field(max_length=1_000)] = Field(description="A task's name or id.")
+    input: str = Field(min_length=1, max_length=20_000)
+
+
+class RankRequest(Request):
+    """A text, and options to choose from: those that the task was trained on, if none are given."""
+
+    instruction: str | None = Field(None, max_length=2_000, description="What is asked; the task's own by default.")
+    options: list[Option] | None = Field(None, min_length=2, max_length=64, description="The task's own by default.")
+
+
+class RankAnswer(BaseModel):
+    answer: str
+    probabilities: dict[str, float] = Field(description="Of the options; their sum is 1.")
+
+
+class GenerateRequest(Request):
+    """A prompt."""
+
+    max_new_tokens: int = Field(32, ge=1, description="The server has a limit.")
+
+
+class GenerateAnswer(BaseModel):
+    output: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """A request that was checked: the id of its task, its tokens, and what else its service needs."""
+
+    task: int
+    tokens: list[int]
+    options: dict[str, list[int]] | None = None  # the tokens of each
+    max_new_tokens: int = 0
+
+
+class Service:
+    """A model with a task-routed adapter, and its tokenizer.
+
+    Args:
+        model: the `PeftModel`.
+        tokenizer: its tokenizer.
+        max_length: most tokens of a text; nothing is cut off silently.
+        max_new_tokens: most tokens that are generated.
+
+    Raises:
+        ValueError: the model has too few positions for texts so long.
+    """
+
+    padding_side = "right"
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, max_new_tokens: int = 0) -> None:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions and max_length + max_new_tokens > positions:
+            asked = f"{max_length} tokens of a text and {max_new_tokens} new ones"
+            raise ValueError(
+                f"The model has {positions} positions, too few for {asked}. Choose a smaller --max_length."
+            )
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.tasks = model.task_names or list(range(model.active_peft_config.n_tasks))
+
+    def task_id(self, task: int | str) -> int:
+        try:
+            return self.model.task_id(task)
+        except ValueError as error:
+            raise UnknownTaskError(str(error)) from error
+
+    def tokens(self, what: str, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            ValueError: it is too long, or has none.
+        """
+        ids = self.tokenizer(text)["input_ids"]
+        if not 0 < len(ids) <= self.max_length:
+            raise ValueError(f"The {what} has {len(ids)} tokens; 1 to {self.max_length} are allowed.")
+        return ids
+
+    def padded(self, rows: Iterable[list[int]]) -> dict[str, torch.Tensor]:
+        """The rows as one batch, `(b, l)`, on the device of the model."""
+        ids = [torch.tensor(row) for row in rows]
+        how = {"batch_first": True, "padding_side": self.padding_side}
+        tokens = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **how)
+        mask = pad_sequence([torch.ones_like(row) for row in ids], **how)
+        return {"input_ids": tokens.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+
+
+class RankService(Service):
+    """Answers with the option nearest to the text; see `ranking.py`.
+
+    The vector of a task's option depends on nothing else, so it is kept, up to `KEPT` of them. `tasks_of_data` makes
+    `known`, what a request need not say.
+    """
+
+    path, request, answer = "/rank", RankRequest, RankAnswer
+    KEPT, MOST_ROWS = 10_000, 256  # vectors kept; rows of one forward
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, temperature: float, known: dict[str, Any]) -> None:
+        super().__init__(model, tokenizer, max_length)
+        self.ranker, self.known = Ranker(model, temperature), known
+        self._vectors: dict[tuple[int, str], torch.Tensor] = {}
+
+    def describe(self, task: int | str) -> dict[str, Any]:
+        """What `/tasks` says of a task: its instruction and options, where it has its own."""
+        return {"task": task, "instruction": None, "options": None, **self.known.get(task, {})}
+
+    def check(self, request: RankRequest) -> Item:
+        """The request's tokens.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            ValueError: a text is too long; options are missing, or repeated.
+        """
+        task = self.task_id(request.task)
+        own = self.describe(self.tasks[task])
+        options = own["options"] if request.options is None else request.options
+        instruction = own["instruction"] if request.instruction is None else request.instruction
+        if options is None:
+            raise ValueError(f"Task {request.task!r} has no options of its own. Pass `options`.")
+        if len(set(options)) != len(options):
+            raise ValueError(f"Every option may be there once, got {options}.")
+        text = f"{instruction} {request.input}" if instruction else request.input
+        return Item(task, self.tokens("text", text), {option: self.tokens("option", option) for option in options})
+
+    @torch.inference_mode()
+    def run(self, items: list[Item]) -> list[RankAnswer]:
+        """One forward over all texts and all options that are new, each row with its task."""
+        wanted = {(item.task, name): ids for item in items for name, ids in item.options.items()}
+        new = {pair: ids for pair, ids in wanted.items() if pair not in self._vectors}
+        rows = [item.tokens for item in items] + list(new.values())
+        tasks = [item.task for item in items] + [task for task, _ in new]
+        vectors = torch.cat(
+            [
+                self.ranker.embed(self.padded(rows[n : n + self.MOST_ROWS]), tasks[n : n + self.MOST_ROWS])
+                for n in range(0, len(rows), self.MOST_ROWS)
+            ]
+        ).cpu()
+        self._vectors.update(zip(new, vectors[len(items) :], strict=True))
+        answers = [self._choose(item, vectors[n]) for n, item in enumerate(items)]
+        while len(self._vectors) > self.KEPT:
+            del self._vectors[next(iter(self._vectors))]  # the oldest
+        return answers
+
+    def _choose(self, item: Item, text: torch.Tensor) -> RankAnswer:
+        options = torch.stack([self._vectors[item.task, name] for name in item.options])
+        chances = torch.softmax(options @ text / self.ranker.temperature, dim=0).tolist()
+        probabilities = dict(zip(item.options, chances, strict=True))
+        return RankAnswer(answer=max(probabilities, key=probabilities.__getitem__), probabilities=probabilities)
+
+
+class GenerateService(Service):
+    """Continues a prompt (or, as an encoder-decoder, answers it) with the likeliest tokens.
+
+    The likeliest tokens of a short answer are the first ones of a longer, so rows that want fewer are cut.
+    """
+
+    path, request, answer = "/generate", GenerateRequest, GenerateAnswer
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, max_new_tokens: int) -> None:
+        super().__init__(model, tokenizer, max_length, max_new_tokens)
+        self.prompt_first = not model.config.is_encoder_decoder  # in what it generates
+        self.padding_side = "left" if self.prompt_first else "right"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def describe(self, task: int | str) -> dict[str, Any]:
+        """What `/tasks` says of a task."""
+        return {"task": task}
+
+    def check(self, request: GenerateRequest) -> Item:
+        """The request's tokens.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            ValueError: the prompt is too long, or too much is wanted.
+        """
+        task = self.task_id(request.task)
+        if request.max_new_tokens > self.max_new_tokens:
+            raise ValueError(f"`max_new_tokens` may be {self.max_new_tokens} at most, got {request.max_new_tokens}.")
+        return Item(task, self.tokens("prompt", request.input), max_new_tokens=request.max_new_tokens)
+
+    @torch.inference_mode()
+    def run(self, items: list[Item]) -> list[GenerateAnswer]:
+        """One `generate`, each row with its task."""
+        batch = self.padded(item.tokens for item in items)
+        most = max(item.max_new_tokens for item in items)
+        greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": self.tokenizer.pad_token_id}
+        made = self.model.generate(**batch, task_ids=[item.task for item in items], max_new_tokens=most, **greedy)
+        start = batch["input_ids"].shape[1] if self.prompt_first else 1  # a decoder begins with a start token
+        rows = [row[start : start + item.max_new_tokens] for row, item in zip(made, items, strict=True)]
+        return [GenerateAnswer(output=text) for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def tasks_of_data(folder: str) -> dict[str, dict[str, Any]]:
+    """Instruction and options of each task whose rows have them in common."""
+    tasks, _ = load_tasks(folder)
+    known = {name: {key: rows[0][key] for key in ("instruction", "options")} for name, rows in tasks.items()}
+    return {name: own for name, own in known.items() if all(own.items() <= row.items() for row in tasks[name])}

@@ -1,0 +1,148 @@
+"""Serve a task-routed adapter over HTTP: requests for different tasks are answered in one mixed batch.
+
+    python examples/serve.py outputs/multitask              # what `make demo` wrote
+    python examples/serve.py my-adapter --max_batch 16      # any saved adapter: a folder or a Hub id
+
+An adapter of an encoder ranks options (`/rank`), one of a language model generates (`/generate`). `/tasks` lists what
+a request may name, `/docs` is the page that tries it out, `/healthz` and `/stats` are for those who keep it running.
+A wrong request is refused before it gets into a batch, and when too many wait, the next one is refused at once (503).
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from answering import GenerateService, RankService, Service, UnknownTaskError, tasks_of_data
+from batching import Batcher, RefusedError
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from peft import PeftConfig, PeftModel
+from train_multitask import MINILM, Arguments, load_encoder
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from peft_poly import PolyConfig
+
+GENERATORS = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
+REFUSALS = {
+    404: {"description": "There is no such task; the message has the closest match."},
+    503: {"description": "Too many requests wait, or the server is stopping. Try again."},
+}
+
+
+def create_app(service: Service, **batching: Any) -> FastAPI:
+    """The application; `batching` has the settings of the `Batcher`."""
+    batcher = Batcher(service.run, kind=lambda item: item.task, **batching)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with batcher:
+            yield
+
+    app = FastAPI(title="Tasks of one adapter", lifespan=lifespan)
+
+    @app.post(service.path, responses=REFUSALS)
+    async def answer(request: service.request) -> service.answer:
+        try:
+            item = service.check(request)
+        except UnknownTaskError as error:
+            raise HTTPException(404, str(error)) from error
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
+        try:
+            return await batcher.submit(item)
+        except RefusedError as error:
+            raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        """Says what is wrong and where, without the input: it may be long, or hold half a character."""
+        detail = [{key: part[key] for key in ("type", "loc", "msg")} for part in error.errors()]
+        return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
+
+    @app.get("/tasks")
+    async def tasks() -> dict[str, Any]:
+        return {"endpoint": service.path, "tasks": [service.describe(task) for task in service.tasks]}
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        if not batcher.running:
+            raise HTTPException(503, "The server is stopping.")
+        return {"status": "ok"}
+
+    @app.get("/stats")
+    async def stats() -> dict[str, float]:
+        return {**asdict(batcher.stats), "waiting": batcher.waiting, "cpu_seconds": time.process_time()}
+
+    return app
+
+
+def load_service(args: argparse.Namespace) -> Service:
+    """The adapter on its base model.
+
+    Raises:
+        ValueError: the adapter is of another method or task type; files are missing.
+    """
+    results = Path(args.adapter) / "results.json"
+    trained = json.loads(results.read_text(encoding="utf-8"))["arguments"] if results.exists() else {}
+    adapter = f"{args.adapter}/adapter" if results.exists() else args.adapter
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, PolyConfig):
+        raise ValueError(f"{adapter} is an adapter of type {config.peft_type}; this script serves PEFT_POLY.")
+    name = args.model or trained.get("model") or config.base_model_name_or_path
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.task_type == "FEATURE_EXTRACTION":
+        settings = Arguments(**{**trained, "model": "" if name == MINILM else name})
+        base, tokenizer = load_encoder(settings)
+        model = PeftModel.from_pretrained(base, adapter).to(device)
+        known = tasks_of_data(args.data or settings.data)
+        return RankService(model, tokenizer, args.max_length or settings.max_length, settings.temperature, known)
+    if config.task_type in GENERATORS:
+        base = GENERATORS[config.task_type].from_pretrained(name, dtype="auto")
+        model = PeftModel.from_pretrained(base, adapter).to(device)
+        return GenerateService(model, AutoTokenizer.from_pretrained(name), args.max_length or 512, args.max_new_tokens)
+    served = ", ".join(["FEATURE_EXTRACTION", *GENERATORS])
+    raise ValueError(f"{adapter} has the task type {config.task_type}; this script serves {served}.")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("adapter", help="folder of `train_multitask.py`, or folder or Hub id of a saved adapter")
+    add("--model", help="folder or Hub id of the base model (default: the one that the adapter names)")
+    add("--data", help="folder of *.jsonl files with the instructions and options of the tasks, to rank")
+    add("--device", help="where to compute (default: cuda if there is one, else cpu)")
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
+    add("--port", type=int, default=8000, help="port to listen at (default: 8000)")
+    add("--max_batch", type=int, default=32, help="most requests of a batch (default: 32)")
+    add("--max_wait", type=float, default=5, help="milliseconds that a request waits for company (default: 5)")
+    add("--max_queue", type=int, default=256, help="most requests that wait; more are refused (default: 256)")
+    add("--max_length", type=int, help="most tokens of a text (default: as trained, or 512)")
+    add("--max_new_tokens", type=int, default=256, help="most tokens that a request may ask for (default: 256)")
+    add("--one_task_batches", action="store_true", help="do not mix tasks in a batch, to compare")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's calls, not the user's
+    args = parse(argv)
+    try:
+        service = load_service(args)
+    except (OSError, ValueError) as error:
+        hint = "" if Path(args.adapter).is_dir() else " (`make demo` trains one, into outputs/multitask.)"
+        raise SystemExit(f"error: {error}{hint}") from error
+    batching = {"max_batch": args.max_batch, "max_wait": args.max_wait / 1000, "max_queue": args.max_queue}
+    app = create_app(service, **batching, mixed=not args.one_task_batches)
+    print(f"{len(service.tasks)} tasks: {', '.join(map(str, service.tasks))}")
+    uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=30, access_log=False)
+
+
+if __name__ == "__main__":
+    main()
