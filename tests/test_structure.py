@@ -30,7 +30,7 @@ CORE = [
     {"tasks"},
     {"paths"},
     {"layer"},
-    {"adaptation", "growth", "sharing", "targets"},
+    {"adaptation", "growth", "sharding", "sharing", "targets"},
     {"verbs"},
     {"model"},
     {"registration"},
