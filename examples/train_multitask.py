@@ -157,7 +157,7 @@ def train(
         max_steps=args.max_steps,
         warmup_steps=args.warmup_steps,
         seed=seed,
-        use_cpu=not torch.accelerator.is_available(),  # without it the processes of torchrun do not find each other
+        use_cpu=not (torch.accelerator.is_available() or "ACCELERATE_TORCH_DEVICE" in os.environ),  # torchrun on CPUs
         remove_unused_columns=False,  # the rows are text until the collator has made the ranker's arguments of them
         logging_strategy="epoch",
         save_strategy="no",
