@@ -33,6 +33,7 @@ EXTRAS["test"] = [
     "pytest>=8.3",
     "selenium>=4.20",
     "setuptools>=77",
+    "torchao>=0.18",
     "transformers>=4.57,!=5.24.*",  # its own `add_adapter` refuses every released PEFT
     "trl>=0.24",
 ]

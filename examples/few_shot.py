@@ -17,6 +17,7 @@ one that has the smallest loss on the new task's rows.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import time
 import warnings
@@ -140,10 +141,10 @@ class Run:
         """The ranker, with an adapter that has learned the known tasks."""
         set_seed(self.args.seed)
         ranker = Ranker(with_poly(self.encoder, list(self.known), self.demo), self.demo.temperature)
-        rates = {"lr": self.demo.lr, "router_lr": self.demo.router_lr}
-        optimizer = create_poly_optimizer(ranker, torch.optim.AdamW, **rates, weight_decay=0.0)
+        rates = {"lr": self.demo.lr, "router_lr": self.demo.router_lr, "weight_decay": 0.0}
+        two_speeds = functools.partial(create_poly_optimizer, optimizer_cls=torch.optim.AdamW, **rates)
         collate = Collator(self.tokenizer, self.known, self.demo.max_length)
-        train(ranker, optimizer, rows_of(self.known, "train"), collate, self.demo, self.args.seed)
+        ranker = train(ranker, two_speeds, rows_of(self.known, "train"), collate, self.demo, self.args.seed)
         return ranker.cpu()
 
     def from_scratch(self) -> Ranker:

@@ -38,6 +38,11 @@ class Ranker(nn.Module):
         self.encoder = encoder
         self.temperature = temperature
 
+    @property
+    def _no_split_modules(self) -> Any:
+        """What FSDP takes as a unit: the encoder's blocks."""
+        return self.encoder._no_split_modules
+
     def embed(self, tokens: Tokens, task_ids: torch.Tensor) -> torch.Tensor:
         """Unit vectors `(b, d)` of texts: the mean over their tokens. `task_ids (b,)` are their tasks."""
         hidden = self.encoder(**tokens, task_ids=task_ids).last_hidden_state

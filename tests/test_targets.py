@@ -65,6 +65,35 @@ def sharded() -> nn.Module:
     return model
 
 
+class Fp8Linear(nn.Linear):
+    """As some quantisations have it: a linear layer whose weight is not the matrix, but a part of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer without a weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.packed, self.bias)
+
+
+def fp8() -> nn.Module:
+    model = Mixed()
+    model.fc2.__class__ = Fp8Linear
+    model.fc2.weight = nn.Parameter(model.fc2.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    return model
+
+
+def packed() -> nn.Module:
+    model = Mixed()
+    model.fc2.__class__ = PackedLinear
+    model.fc2.register_buffer("packed", model.fc2.weight.data)
+    del model.fc2.weight
+    return model
+
+
 NOT_LINEAR = (
     "^Target module {} is not supported: it is of type {}. Supported are `torch.nn.Linear`, .* leave it out with"
 )
@@ -97,6 +126,15 @@ REFUSALS = {
     "tensor-parallel": (
         sharded, ["fc1", "fc2"], {}, TypeError,
         "^Target module fc2 is not supported: it is sharded by tensor parallelism. Load the base model without",
+    ),
+    "unknown-quantisation": (
+        fp8, ["fc1", "fc2"], {}, TypeError,
+        r"^Target module fc2 is not supported: it is a quantised Fp8Linear, its weight is a Parameter of "
+        r"torch\.float8_e4m3fn, and PEFT has no backend for that\. Load the base model unquantised, or .*bitsandbytes",
+    ),
+    "packed": (
+        packed, ["fc1", "fc2"], {}, TypeError,
+        "^Target module fc2 is not supported: it is a quantised PackedLinear, its weight is packed into other tensors",
     ),
     "nothing": (Mixed, ["fc9"], {}, ValueError, "Target modules .*fc9.* not found in the base model"),
 }  # fmt: skip

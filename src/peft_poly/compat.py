@@ -40,6 +40,7 @@ FOOTING = {
         "BaseTuner._get_adapter_state_dict",
         "BaseTuner._remap_adapter_state_dict_for_load",
         "BaseTuner._remove_adapter_name_from_key",
+        "BaseTuner._replace_module",
         "BaseTuner._unload_and_optionally_merge",
         "BaseTunerLayer._cast_input_dtype",
         "BaseTunerLayer._move_adapter_to_device_of_base_layer",

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from .config import PolyConfig
 from .layer import PolyLayer, evaluating
 from .model import PolyModel
+from .sharding import check_whole
 from .staging import staged
 from .task_ids import resolve_task
 
@@ -110,6 +111,7 @@ def _source(model: nn.Module, adapter_name: Optional[str]) -> _Source:
     if not layers:
         raise ValueError(f"There is no task-routed adapter {adapter!r} in this model.")
     config = next(iter(layers.values())).task_context.configs[adapter]
+    check_whole(root, [adapter], "be exported")
     for name, layer in layers.items():
         _check_whole(name, layer, adapter, config)
     base_name = config.base_model_name_or_path or getattr(root, "name_or_path", None) or None

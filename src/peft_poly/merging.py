@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Optional, Union
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
+from .gradients import is_repacked
+
 if TYPE_CHECKING:
     from .layer import Linear
 
@@ -70,8 +72,7 @@ def unmerge(layer: Linear) -> None:
 
 def _base_weight(layer: Linear) -> torch.Tensor:
     """The weight of the base layer, dequantised; an error where bitsandbytes has put it out of PEFT's reach."""
-    state = getattr(layer.weight, "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
+    if is_repacked(layer.get_base_layer()):
         raise ValueError(
             f"The 4-bit weight of {layer.layer_name} cannot be read any more: on this CPU bitsandbytes repacks it in "
             "the first call in eval mode. Set `support_avx512bf16_for_cpu = False` on every Linear4bit after loading "

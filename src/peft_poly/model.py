@@ -14,6 +14,7 @@ from torch import nn
 
 from .call_weights import CallWeights
 from .config import PolyConfig
+from .gradients import let_gradients_pass, warn_of_rounding
 from .layer import Linear, PolyLayer, keep_requires_grad
 from .router import Router, get_router
 from .sharing import router_group, shared_router_keys
@@ -59,6 +60,9 @@ class PolyModel(TaskVerbs, BaseTuner):
 
     # ------------------------------------------------------------------------------------------------- injection
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if not config.inference_mode:
+            let_gradients_pass(model)
+            warn_of_rounding(model)
         found = task_contexts(model)  # adapters that were injected before share their context with new ones
         self.task_context = found[0] if found else TaskContext(self.peft_config)
 
@@ -158,6 +162,12 @@ class PolyModel(TaskVerbs, BaseTuner):
                     stack.enter_context(keep_requires_grad(layer, adapter_name))
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, PolyLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # back to the base layer; PEFT would set its `weight` anew, and some quantised layers have none
+            setattr(parent, child_name, new_module)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         for key, hook in list(model._forward_hooks.items()):
@@ -187,6 +197,18 @@ class PolyModel(TaskVerbs, BaseTuner):
         return state_dict
 
     # ------------------------------------------------------------------------------------------------------- calls
+    def train(self, mode: bool = True) -> PolyModel:
+        """Set the mode, as for any module.
+
+        Raises:
+            ValueError: the adapter is to be trained, and 4-bit weights of the base model give no gradients any more.
+        """
+        if mode and self._trains:
+            let_gradients_pass(
+                self.model
+            )  # an adapter that was loaded for inference, and thawed, is here for the first time
+        return super().train(mode)
+
     def forward(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
         """The base model's forward, routed.
 
@@ -252,6 +274,10 @@ class PolyModel(TaskVerbs, BaseTuner):
         if self._adapted is None:
             self._adapted = [module for module in self.model.modules() if isinstance(module, PolyLayer)]
         return self._adapted
+
+    @property
+    def _trains(self) -> bool:
+        return any(p.requires_grad for name, p in self.model.named_parameters() if self.prefix in name)
 
     @property
     def _enabled(self) -> bool:

@@ -6,6 +6,7 @@ import inspect
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
 
 from .config import PolyConfig
+from .sharding import check_given, check_whole
 
 __all__ = ["create_or_update_model_card", "push_to_hub", "save_pretrained"]
 
@@ -28,9 +30,22 @@ MOST_TASKS = 50  # tasks listed in a card
 
 
 def save_pretrained(original: Callable, model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
-    """`PeftModel.save_pretrained`, by way of a staging folder: a save that fails leaves the one before as it was."""
+    """`PeftModel.save_pretrained`, by way of a staging folder: a save that fails leaves the one before as it was.
+
+    Raises:
+        ValueError: the adapter is sharded over processes, or `state_dict` lacks a part of it.
+    """
     call = inspect.signature(original).bind(save_directory, *args, **kwargs)
     call.apply_defaults()
+    state_dict = call.arguments["kwargs"].get("state_dict")
+    _check_tensors(model, call.arguments["selected_adapters"], state_dict)
+    if state_dict is not None and not state_dict:  # PEFT would replace what rank 0 has saved by an empty file
+        if call.arguments["is_main_process"]:
+            warnings.warn(
+                "`state_dict` is empty, so that nothing is saved. Tensors that were gathered are on rank 0: call "
+                "`save_pretrained` there, or pass `is_main_process=rank == 0`."
+            )
+        return
     target = Path(save_directory)
     if not call.arguments["is_main_process"] or target.is_file():
         return original(save_directory, *args, **kwargs)
@@ -43,6 +58,16 @@ def save_pretrained(original: Callable, model: PeftModel, save_directory: str, *
         _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_tensors(model: PeftModel, adapter_names: Any, state_dict: Optional[dict[str, Any]]) -> None:
+    """Raise unless the tensors to be saved, those of the model or the given ones, are all there and whole."""
+    names = [name for name in adapter_names or model.peft_config if name in model.peft_config]
+    if state_dict is None:
+        check_whole(model, names)
+    elif state_dict:
+        for name in names:
+            check_given(model, name, state_dict)
 
 
 def _publish(staging: Path, target: Path) -> None:
@@ -98,7 +123,11 @@ def push_to_hub(
 
     Returns:
         The `huggingface_hub.CommitInfo` of the upload.
+
+    Raises:
+        ValueError: as `save_pretrained`.
     """
+    _check_tensors(model, save_kwargs.get("selected_adapters"), save_kwargs.get("state_dict"))
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):

@@ -16,6 +16,8 @@ __all__ = ["check_architecture", "check_target"]
 # The fused kernels of these models read the weights of these modules and never call them.
 MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 MAMBA_MODULES = {"conv1d", "out_proj"}
+BACKENDS = ("bitsandbytes", "HQQ", "torchao", "GPTQ", "AWQ", "AQLM", "EETQ", "INC", "Transformer Engine")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_architecture(model: nn.Module, target_name: str) -> None:
@@ -48,6 +50,12 @@ def check_target(target: nn.Module, name: str, parent: nn.Module, **quantisation
             f"Target module {name} is not supported: it is of type {type(base).__name__}. Supported are "
             f"`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D` and quantised linear layers. {advice}"
         )
+    if backend is None and not _is_plain(base):
+        raise TypeError(
+            f"Target module {name} is not supported: it is a quantised {type(base).__name__}, its weight is "
+            f"{_described(base)}, and PEFT has no backend for that. Load the base model unquantised, or quantised with "
+            f"one of {', '.join(BACKENDS)}. {advice}"
+        )
     if isinstance(parent, nn.MultiheadAttention):
         raise TypeError(
             f"Target module {name} is not supported: `torch.nn.MultiheadAttention` reads its weight and "
@@ -64,3 +72,20 @@ def check_target(target: nn.Module, name: str, parent: nn.Module, **quantisation
             f"Target module {name} is not supported: it is sharded by tensor parallelism. Load the base model without "
             "`tp_plan`, or train with DDP or FSDP."
         )
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether the weight is the matrix itself: numbers of an ordinary dtype, in a tensor of PyTorch's own."""
+    weight = getattr(base, "weight", None)
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.dtype in DTYPES
+        and type(weight).__module__.partition(".")[0] in ("deepspeed", "torch")  # a shard may be of a class of its own
+    )
+
+
+def _described(base: nn.Module) -> str:
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return "packed into other tensors"
+    return f"a {type(weight).__name__} of {weight.dtype}"

@@ -16,6 +16,7 @@ from .config import PolyConfig
 from .layer import Linear, PolyLayer, evaluating
 from .merging import merged_weight
 from .router import PolyRouter
+from .sharding import check_whole
 from .task_ids import TaskIds, resolve_task
 from .tasks import TaskContext
 
@@ -97,7 +98,7 @@ class TaskVerbs(_Tuner):
             ValueError: there is no such adapter.
         """
         weights = {}
-        for key, layer in self._poly_layers(adapter_name).items():
+        for key, layer in self._whole_layers(adapter_name, "be looked at").items():
             router = cast(PolyRouter, layer.poly_router[self._poly_name(adapter_name)])
             with evaluating(router):
                 weights[key] = router(torch.arange(router.n_tasks, device=router.module_logits.device)).detach()
@@ -125,7 +126,7 @@ class TaskVerbs(_Tuner):
             ValueError: a name is taken, repeated or empty; `init` is unknown; the adapter is merged.
         """
         name = self._poly_name(adapter_name)
-        return growth.add_tasks(self._poly_config(name), name, self._poly_layers(name).values(), names, init)
+        return growth.add_tasks(self._poly_config(name), name, self._whole_layers(name, "grow").values(), names, init)
 
     def remove_tasks(self, tasks: Union[Task, Sequence[Task]], adapter_name: Optional[str] = None) -> None:
         """Delete tasks. The ids of the tasks behind them move up; names keep their meaning.
@@ -140,7 +141,7 @@ class TaskVerbs(_Tuner):
             ValueError: there is no such task; none would be left; it is the set task; the adapter is merged.
         """
         name = self._poly_name(adapter_name)
-        growth.remove_tasks(self._poly_config(name), name, self._poly_layers(name).values(), tasks)
+        growth.remove_tasks(self._poly_config(name), name, self._whole_layers(name, "shrink").values(), tasks)
 
     def rename_task(self, old: Task, new: str, adapter_name: Optional[str] = None) -> None:
         """Give a task another name; its id and what it computes stay.
@@ -186,7 +187,7 @@ class TaskVerbs(_Tuner):
             ValueError: the adapter is merged.
         """
         name = self._poly_name(adapter_name)
-        adaptation.average_skills(self._poly_config(name), self._poly_layers(name).values(), name)
+        adaptation.average_skills(self._poly_config(name), self._whole_layers(name, "be averaged").values(), name)
 
     # ------------------------------------------------------------------------------------------- merge and export
     def merge_adapter(
@@ -289,8 +290,12 @@ class TaskVerbs(_Tuner):
         layers = {key: m for key, m in self.model.named_modules() if isinstance(m, Linear)}
         return {key: layer for key, layer in layers.items() if any(name in layer.poly_lora_A for name in names)}
 
+    def _whole_layers(self, adapter_name: Optional[str], to: str) -> dict[str, Linear]:
+        check_whole(self.model, [self._poly_name(adapter_name)], to)
+        return self._poly_layers(adapter_name)
+
     def _check_can_merge(self, name: str) -> None:
-        self._poly_name(name)
+        check_whole(self.model, [self._poly_name(name)], "be merged")
         if name in self.task_context.merged:
             raise ValueError(self._merged_message(name))
         self.task_context.one_task(name)

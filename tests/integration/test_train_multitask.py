@@ -184,8 +184,7 @@ def test_both_adapters_see_the_same_rows_in_the_same_order(script, folders, tmp_
     poly, lora = script.with_poly(encoder, ["colour"], args), script.with_lora(encoder, 1000, args)
     orders = []
     for adapter in (poly, lora):
-        optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
-        script.train(script.Ranker(adapter), optimizer, rows, collate, args, seed=5)
+        script.train(script.Ranker(adapter), lambda m: torch.optim.AdamW(m.parameters()), rows, collate, args, seed=5)
         orders.append(list(seen))
         seen.clear()
     assert len(orders[0]) >= 3

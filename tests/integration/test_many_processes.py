@@ -1,0 +1,215 @@
+"""Two processes on one machine (gloo): DDP and FSDP2 do what one process does on the same global batches.
+
+`ranks_steps.py` has what they run. On CPUs accelerate shards nothing unless `on_cpus.py` tells it to; that patch is
+in these tests alone. FSDP1 does not run on CPUs: `test_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import ranks_steps
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "accelerate"
+HERE = Path(__file__).parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+pytestmark = pytest.mark.processes
+
+
+def accelerate(config: str) -> list[str]:
+    options = ["--config_file", str(CONFIGS / config), "--num_processes", "2", "--main_process_port", "0"]
+    return ["-m", "accelerate.commands.launch", *options]
+
+
+def launch(launcher: list[str], *command: object, timeout: int = 200, cwd: Path = ROOT) -> str:
+    """Run a script under a launcher; its output."""
+    paths = [str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    line = [sys.executable, *launcher, *(str(part) for part in command)]
+    done = subprocess.run(line, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def results(folder: Path, step: str) -> list[dict[str, Any]]:
+    """What each of the two ranks has left."""
+    return [torch.load(folder / f"{step}-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: name + text)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> dict[str, Any]:
+    """The same training in this process: losses, the adapter saved, and what it began with."""
+    folder, model = tmp_path_factory.mktemp("one"), ranks_steps.build()
+    before = ranks_steps.adapter_of(model)
+    trainer = ranks_steps.trainer(folder, model)
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    after = ranks_steps.adapter_of(model)
+    assert all((after[name] - tensor).abs().max() > 1e-3 for name, tensor in before.items())
+    return {
+        "losses": ranks_steps.losses_of(trainer),
+        "saved": saved(folder / "adapter"),
+        "before": before,
+        "model": model,
+    }
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
+    launch(TORCHRUN, HERE / "ranks_steps.py", "ddp", "raw", folder)
+    return folder
+
+
+class TestDDP:
+    def test_two_ranks_train_as_one_process_does(self, by_torchrun, one_process):
+        for result in results(by_torchrun, "ddp"):
+            assert (result["world"], result["wrapped"]) == (2, "DistributedDataParallel")
+            assert result["losses"] == pytest.approx(one_process["losses"], rel=1e-5)
+        assert_same(saved(by_torchrun / "ddp"), one_process["saved"])
+
+    def test_the_ranks_agree_to_the_bit(self, by_torchrun):
+        first, second = (result["adapter"] for result in results(by_torchrun, "ddp"))
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+    def test_a_task_that_no_rank_has_keeps_its_router_row(self, by_torchrun, one_process):
+        trained = results(by_torchrun, "ddp")[0]["adapter"]
+        rows = [name for name in trained if "module_logits" in name]
+        assert rows
+        for name in rows:
+            assert torch.equal(trained[name][3], one_process["before"][name][3])
+            assert not torch.equal(trained[name][:3], one_process["before"][name][:3])
+
+    def test_with_one_seed_the_ranks_draw_the_same_noise_for_different_rows(self, by_torchrun):
+        (noise, ids), (other_noise, other_ids) = (result["samples"]["as is"] for result in results(by_torchrun, "ddp"))
+        assert torch.equal(noise, other_noise)
+        assert not torch.equal(ids, other_ids)
+
+    def test_a_seed_per_rank_gives_each_its_noise_and_leaves_the_order_of_rows(self, by_torchrun):
+        for result in (ranks := results(by_torchrun, "ddp")):
+            assert torch.equal(result["samples"]["by rank"][1], result["samples"]["as is"][1])
+        (noise, _), (other_noise, _) = (result["samples"]["by rank"] for result in ranks)
+        assert not torch.isclose(noise, other_noise).any()
+
+
+class TestFullyShard:
+    def test_sharded_ranks_train_as_one_process_does(self, by_torchrun, one_process):
+        for result in results(by_torchrun, "raw"):
+            assert (result["world"], result["sharded"]) == (2, True)
+            assert result["losses"] == pytest.approx(one_process["losses"], rel=1e-5)
+
+    def test_the_gathered_adapter_is_whole_and_saved_by_rank_0_alone(self, by_torchrun, one_process):
+        assert_same(saved(by_torchrun / "raw"), one_process["saved"])  # rank 1 saved, too: nothing, as it was given
+
+    def test_a_saved_adapter_computes_what_the_one_process_run_does(self, by_torchrun, one_process):
+        loaded = peft.PeftModel.from_pretrained(ranks_steps.build().unload(), by_torchrun / "raw").eval()
+        ids = torch.stack([row["input_ids"] for row in ranks_steps.rows()[:4]])
+        with torch.no_grad():
+            outputs = [
+                model(input_ids=ids, task_ids=[0, 1, 2, 3]).logits for model in (loaded, one_process["model"].eval())
+            ]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+    def test_it_resumes(self, by_torchrun, one_process):
+        for result in results(by_torchrun, "raw"):
+            assert result["resumed"] == pytest.approx(one_process["losses"], rel=1e-5)
+        assert_same(saved(by_torchrun / "raw-resumed"), saved(by_torchrun / "raw"))
+
+    def test_saving_without_gathering_says_how_and_leaves_nothing(self, by_torchrun):
+        for result in results(by_torchrun, "raw"):
+            assert "must be whole to be saved, but it is sharded by FSDP (`fully_shard`)" in result["errors"]["save"]
+            assert "StateDictOptions(full_state_dict=True, cpu_offload=True)" in result["errors"]["save"]
+            assert "has a part of base_model.model.model.layers.0" in result["errors"]["given"]
+            assert not result["folder"]
+
+    @pytest.mark.parametrize(
+        ("verb", "purpose"),
+        [("merge", "be merged"), ("routing", "be looked at"), ("export", "be exported"), ("grow", "grow")],
+    )
+    def test_what_needs_the_whole_adapter_says_so(self, by_torchrun, verb, purpose):
+        for result in results(by_torchrun, "raw"):
+            assert result["errors"][verb].startswith(f"Adapter 'default' must be whole to {purpose}, but it is sharded")
+
+
+# ------------------------------------------------------------------------------- Trainer under a sharding launcher
+class Sharded:
+    """A run under one of the configs of `examples/accelerate`, and what it must have come to."""
+
+    config: str
+    kind: tuple[str, bool]
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp(self.config)
+        command = [HERE / "on_cpus.py", HERE / "ranks_steps.py", "sharding_trainer", folder]
+        launch(accelerate(f"{self.config}.yaml"), *command, timeout=600 if self.config.startswith("zero") else 200)
+        return folder
+
+    def test_the_trainer_trains_as_one_process_does(self, folder, one_process):
+        for result in results(folder, "sharding_trainer"):
+            assert (result["world"], result["type"], result["fsdp2"]) == (2, *self.kind)
+        assert results(folder, "sharding_trainer")[0]["losses"] == pytest.approx(one_process["losses"], rel=1e-5)
+
+    def test_it_saves_the_whole_adapter(self, folder, one_process):
+        assert_same(saved(folder / "whole"), one_process["saved"])
+
+    def test_it_resumes(self, folder, one_process):
+        losses = results(folder, "sharding_trainer")[0]["resumed"]
+        assert losses[-2:] == pytest.approx(one_process["losses"][-2:], rel=1e-5)
+        assert_same(saved(folder / "resumed"), saved(folder / "whole"))
+
+    def test_it_generates_for_the_task_of_each_row(self, folder, one_process):
+        ids = ranks_steps.rows()[0]["input_ids"].repeat(2, 1)
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        tokens = one_process["model"].eval().generate(input_ids=ids, task_ids=["rte", "boolq"], **options)
+        assert all(torch.equal(result["tokens"], tokens) for result in results(folder, "sharding_trainer"))
+
+
+class TestFSDP2(Sharded):
+    config, kind = "fsdp2", ("FSDP", True)
+
+    def test_saving_without_gathering_says_how(self, folder):
+        for result in results(folder, "sharding_trainer"):
+            assert "`Trainer.save_model(folder)` does both, with FSDP's FULL_STATE_DICT" in result["error"]
+
+
+@pytest.mark.slow
+@DEEPSPEED
+class TestZeRO2(Sharded):
+    config, kind = "zero2", ("DEEPSPEED", False)
+
+    def test_the_adapter_is_whole_on_every_rank(self, folder):
+        assert results(folder, "sharding_trainer")[0]["error"] == "no error"
+
+
+@pytest.mark.slow
+@DEEPSPEED
+class TestZeRO3(Sharded):
+    config, kind = "zero3", ("DEEPSPEED", False)
+
+    def test_saving_without_gathering_says_how(self, folder):
+        for result in results(folder, "sharding_trainer"):
+            assert "it is sharded by DeepSpeed ZeRO-3" in result["error"]
+            assert "`stage3_gather_16bit_weights_on_model_save`" in result["error"]
