@@ -47,6 +47,7 @@ TINY = Settings(
     validation_rows=3,
     test_rows=3,
     steps=3,
+    tune_steps=2,
     tasks_per_step=2,
     rows_per_task=2,
     seeds=(0, 1),
@@ -252,8 +253,9 @@ class TestRunning:
             assert all(0 <= result.accuracy <= 100 and math.isfinite(result.loss) for result in results)
 
     def test_all_methods_of_a_seed_come_before_the_next_seed(self, finished):
-        seeds = [unit.seed for unit in finished.store.done if unit.stage in ("many", "few")]
-        assert seeds == sorted(seeds)
+        for stage in ("many", "few"):
+            seeds = [unit.seed for unit in finished.store.done if unit.stage == stage]
+            assert seeds == sorted(seeds)
 
     def test_rates_are_those_with_the_best_validation_accuracy(self, finished):
         line = lines.REFERENCE
@@ -297,7 +299,7 @@ class TestRunning:
         assert [r.accuracy for r in plan.store.done[unit]] == [r.accuracy for r in same]
 
     def test_the_nearest_task_has_the_smallest_loss(self, run, finished):
-        adapter = run.adapter(lines.BEST, str(finished.rates(lines.BEST)), 0)
+        adapter = run.adapter(lines.BEST, str(finished.rates(lines.BEST)), 0, 3)
         rows = [dataclasses.replace(row, task="later") for row in run.tasks.rows("count", "train")]
         losses = {}
         for name in run.tasks.known:
@@ -310,7 +312,7 @@ class TestRunning:
 
     def test_router_only_counts_one_row_and_moves_nothing_else(self, run, finished):
         way = FEW["MHR-z, row of the mean"]
-        adapter = run.adapter(way.source, str(finished.rates(way.source)), 0).copy()
+        adapter = run.adapter(way.source, str(finished.rates(way.source)), 0, 3).copy()
         run.meet(way, adapter, "later", draw(run.tasks, "later", 2, 0))
         assert all("module_logits" in name for name, p in adapter.model.named_parameters() if p.requires_grad)
         unit = next(u for u in finished.store.done if u.stage == "few" and FEW[u.line] is way)
@@ -374,7 +376,9 @@ class TestReport:
     def test_the_few_shot_table_has_medians_over_draws(self, finished, run):
         settings = dataclasses.replace(TINY, draws=3, seeds=(0,))
         plan = Plan(settings, run.setup, Store(Path("nowhere.csv")))
-        plan.store.done = dict(finished.store.done)
+        done = finished.store.done
+        tuned = {dataclasses.replace(u, draw=3): results for u, results in done.items() if u.stage == "tune few"}
+        plan.store.done = {**done, **tuned}
         way = next(way for way in FEW if FEW[way].learns)
         first = next(
             u for u in finished.store.done if u.stage == "few" and u.line == way and u.shots == 2 and u.seed == 0
@@ -418,8 +422,15 @@ def test_the_best_routed_line_is_one_of_ours(finished):
 
 
 def test_units_are_told_apart_by_all_their_settings(tmp_path):
-    store, unit = Store(tmp_path / "results.csv"), Unit("s", "many", "a line, with a comma", "0.1 0 1", "0 0 0", 0)
+    store, unit = Store(tmp_path / "results.csv"), Unit("s", "many", "a line, with a comma", "0.1 0 1", "0 0 0", 0, 5)
     store.add(unit, [Result("t", 1.0, 2.0, 3, 4.0)])
-    for name, value in (("rates", "0.2 0 1"), ("seed", 1), ("shots", 16), ("draw", 2), ("source", "1 1 1")):
+    for name, value in (
+        ("rates", "0.2 0 1"),
+        ("seed", 1),
+        ("steps", 6),
+        ("shots", 16),
+        ("draw", 2),
+        ("source", "1 1 1"),
+    ):
         assert dataclasses.replace(unit, **{name: value}) not in Store(store.path).done
     assert Store(store.path).done == {unit: [Result("t", 1.0, 2.0, 3, 4.0)]}

@@ -1,6 +1,6 @@
 """What is to be run, in an order that makes a fair table of a run cut short: all methods at one seed, then the next.
 
-    tune ─▶ many (seed 0) ─▶ tune few ─▶ few (seed 0) ─▶ many (seed 1) ─▶ few (seed 1) ─▶ ...
+    tune ─▶ many (seed 0) ─▶ many (seed 1) ─▶ ... ─▶ tune few ─▶ few (seed 0) ─▶ few (seed 1) ─▶ ...
 
 Rates come from the tuning runs, so a unit can only be named once those are done.
 """
@@ -48,10 +48,11 @@ class Plan:
         for seed in s.seeds:
             for line in MANY:
                 yield Slot("many", line, seed)
-            if seed == s.seeds[0] and s.tune:
-                for way in FEW:
-                    for rates in FEW[way].grid:
-                        yield Slot("tune few", way, s.tune_seed, s.shots[0], 0, rates)
+        if s.tune:
+            for way in FEW:
+                for rates in FEW[way].grid:
+                    yield Slot("tune few", way, s.seeds[0], s.shots[0], s.draws, rates)  # a draw that no table has
+        for seed in s.seeds:
             yield from self._few(seed)
 
     def _few(self, seed: int) -> Iterator[Slot]:
@@ -79,16 +80,16 @@ class Plan:
         source = self.rates(FEW[slot.line].source) if few and FEW[slot.line].source else Rates()
         if rates is None or source is None:
             return None
-        return Unit(self.setup, slot.stage, slot.line, str(rates), str(source), slot.seed, slot.shots, slot.draw)
+        s = self.settings
+        steps = {"tune": s.tune_steps, "many": s.steps}.get(slot.stage, s.few_steps)
+        return Unit(self.setup, slot.stage, slot.line, str(rates), str(source), slot.seed, steps, slot.shots, slot.draw)
 
     def _has_source(self, slot: Slot) -> bool:
         """Whether the adapter that a few-shot unit starts from is trained: two workers must not train it at once."""
         source = FEW[slot.line].source if slot.stage.endswith("few") else ""
         if not source:
             return True
-        if slot.stage == "few":
-            return self.unit(Slot("many", source, slot.seed)) in self.store.done
-        return True  # a tuning run of `source`, which `unit` has looked at
+        return self.unit(Slot("many", source, slot.seed)) in self.store.done
 
     def rates(self, line: str, few: bool = False) -> Optional[Rates]:
         """The rates with the highest mean accuracy on validation rows; None while they are not all tried."""
@@ -103,10 +104,9 @@ class Plan:
 
     def tried(self, line: str, few: bool = False) -> dict[Rates, Optional[list[Result]]]:
         """What each setting of a line's grid came to; None where it has not been run."""
-        stage = "tune few" if few else "tune"
-        shots = self.settings.shots[0] if few else 0
-        grid = (FEW if few else MANY)[line].grid
-        units = {rates: self.unit(Slot(stage, line, self.settings.tune_seed, shots, 0, rates)) for rates in grid}
+        s = self.settings
+        head = ("tune few", line, s.seeds[0], s.shots[0], s.draws) if few else ("tune", line, s.tune_seed, 0, 0)
+        units = {rates: self.unit(Slot(*head, rates)) for rates in (FEW if few else MANY)[line].grid}
         return {rates: self.store.done.get(unit) if unit else None for rates, unit in units.items()}
 
     def done(self) -> int:

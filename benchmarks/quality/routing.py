@@ -37,9 +37,9 @@ def look(run: Run, plan: Plan, line: str, picture: Path) -> list[dict[str, Any]]
 
     rows = []
     for unit in (unit for unit in plan.store.done if unit.setup == plan.setup):
-        if unit.stage != "many" or unit.line != line or not run.file(line, unit.rates, unit.seed).exists():
+        if unit.stage != "many" or unit.line != line or not run.file(line, unit.rates, unit.seed, unit.steps).exists():
             continue
-        routing = read_routing(run.adapter(line, unit.rates, unit.seed).model)
+        routing = read_routing(run.adapter(line, unit.rates, unit.seed, unit.steps).model)
         metrics = mean_metrics(routing)
         if not rows:
             save_plots(routing, picture)

@@ -77,17 +77,17 @@ class Run:
         seconds = round(time.process_time() - begin, 1)
         return [Result(task, round(right, 3), round(loss, 5), size, seconds) for task, right, loss, size in found]
 
-    def file(self, line: str, rates: str, seed: int) -> Path:
+    def file(self, line: str, rates: str, seed: int, steps: int) -> Path:
         """Where a trained adapter is kept."""
-        return self.outputs / self.setup / f"{line}, {rates}, seed {seed}.pt"
+        return self.outputs / self.setup / f"{line}, {rates}, {steps} steps, seed {seed}.pt"
 
-    def adapter(self, line: str, text: str, seed: int) -> Adapter:
+    def adapter(self, line: str, text: str, seed: int, steps: int) -> Adapter:
         """A method trained on all tasks with the rates of `text`: read from its file, or trained and written there."""
         names, rates = list(self.tasks.known), Rates.parse(text)
         adapter = build(MANY[line].method, rates.scale, self.features.upper, names, seed)
         if not adapter.parameters():
             return adapter
-        path = self.file(line, text, seed)
+        path = self.file(line, text, seed, steps)
         if path.exists():
             adapter.model.load_state_dict(torch.load(path, weights_only=True), strict=False)
             return adapter
@@ -96,8 +96,8 @@ class Run:
         train(
             adapter,
             self.features,
-            batches(self.tasks, s.steps, s.tasks_per_step, s.rows_per_task, seed),
-            s.steps,
+            batches(self.tasks, steps, s.tasks_per_step, s.rows_per_task, seed),
+            steps,
             rates,
         )
         learned = {name: p.detach() for name, p in adapter.model.named_parameters() if p.requires_grad}
@@ -108,7 +108,7 @@ class Run:
         return adapter
 
     def _many(self, unit: Unit) -> Found:
-        adapter = self.adapter(unit.line, unit.rates, unit.seed)
+        adapter = self.adapter(unit.line, unit.rates, unit.seed, unit.steps)
         split = "validation" if unit.stage == "tune" else "test"
         for task in self.tasks.known:
             yield task, *accuracy(adapter, self.features, self.tasks.rows(task, split)), adapter.n_trainable
@@ -117,7 +117,7 @@ class Run:
         """Each held-out task by itself: a copy of what was trained on the known tasks meets it."""
         way, rates, s = FEW[unit.line], Rates.parse(unit.rates), self.settings
         if way.source:
-            trained = self.adapter(way.source, unit.source, unit.seed)
+            trained = self.adapter(way.source, unit.source, unit.seed, self.settings.steps)
         else:
             trained = build(way.method, rates.scale, self.features.upper, list(self.tasks.known), unit.seed)
         split = "validation" if unit.stage == "tune few" else "test"
@@ -128,7 +128,7 @@ class Run:
             if way.learns:
                 name = f"{unit.seed} {unit.draw} {task}"
                 torch.manual_seed(unit.seed)
-                train(adapter, self.features, _passes(rows, s.few_steps, s.few_batch, name), s.few_steps, rates)
+                train(adapter, self.features, _passes(rows, unit.steps, s.few_batch, name), unit.steps, rates)
             yield task, *accuracy(adapter, self.features, self.tasks.rows(task, split)), size if way.learns else 0
 
     def meet(self, way: Way, adapter: Adapter, task: str, rows: Sequence[Row]) -> Adapter:

@@ -20,12 +20,21 @@ class Settings:
         seeds: of the tables.
         tune_seed: of the runs that rates are chosen by, on validation rows.
         tune: choose rates; else those that `lines` has.
+        tune_steps: of those runs: half as many, for they are many.
         few_steps, few_batch: of training on a few rows.
         shots: numbers of those rows.
         draws: how often they are drawn.
     """
 
-    OF_UNITS: ClassVar = ("seeds", "tune_seed", "tune", "shots", "draws")  # a unit names these itself
+    OF_UNITS: ClassVar = (
+        "seeds",
+        "tune_seed",
+        "tune",
+        "tune_steps",
+        "few_steps",
+        "shots",
+        "draws",
+    )  # a unit names these itself
 
     upper_layers: int = 2
     max_length: int = 64
@@ -38,6 +47,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     tune_seed: int = 100
     tune: bool = True
+    tune_steps: int = 100
     few_steps: int = 20
     few_batch: int = 8
     shots: tuple[int, ...] = (16, 32)

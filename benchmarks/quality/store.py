@@ -23,6 +23,7 @@ class Unit:
         rates: text of the `Rates`.
         source: text of the `Rates` of the adapter that a few-shot unit starts from.
         seed: of the parameters and the order of the rows.
+        steps: of training.
         shots, draw: how many rows of a new task, and which.
     """
 
@@ -32,6 +33,7 @@ class Unit:
     rates: str
     source: str
     seed: int
+    steps: int
     shots: int = 0
     draw: int = 0
 
