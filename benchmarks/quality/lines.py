@@ -66,8 +66,9 @@ BEST = "MHR, 4 splits"  # what the variants are variants of
 SKILL_SIZED = "shared LoRA, rank of one skill"
 OTHER_SIZES = ("no adapter", SKILL_SIZED)  # all others fit the budget
 
-_mhr = Method("poly", splits=4)
-_routed = Line(_mhr, Rates(3e-3, 0.1, 8), _grid((3e-3, 6e-3, 1e-2), (0.1,), (8.0,)))
+_mhr = Method("poly", splits=4, noise=False)
+_GRID = (Rates(3e-3, 0.1, 8), Rates(6e-3, 0.1, 8), Rates(1e-2, 0.1, 4), Rates(3e-3, 0.03, 8))
+_routed = Line(_mhr, Rates(3e-3, 0.1, 8), _GRID)
 _variant = replace(_routed, grid=(), like=BEST)
 
 MANY = {
@@ -76,7 +77,7 @@ MANY = {
     SKILL_SIZED: Line(Method("lora"), Rates(3e-3, 0, 8), _grid((1e-3, 3e-3, 6e-3), scales=(8.0,))),
     REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), _grid((1e-3, 3e-3, 6e-3))),
     "PEFT's Poly, published recipe": Line(Method("peft poly", splits=4), Rates(5e-5)),
-    "Poly": replace(_routed, method=Method("poly")),
+    "Poly": replace(_routed, method=replace(_mhr, splits=1)),
     BEST: _routed,
     "MHR, 8 splits": replace(_routed, method=replace(_mhr, splits=8)),
     "MHR, one rate": Line(_mhr, Rates(6e-3, 0, 8), _grid((3e-3, 6e-3, 1e-2), scales=(8.0,))),
