@@ -30,7 +30,7 @@ from benchmarks.quality.ranker import TEMPERATURE, scores
 from benchmarks.quality.rates import Rates
 from benchmarks.quality.runs import Run, Source
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.statistics import clusters, compare, fit_of_families, mean_and_error, rand_index
+from benchmarks.quality.statistics import against_chance, clusters, compare, kinship, mean_and_error, rand_index
 from benchmarks.quality.store import Result, Store, Unit
 
 THINGS = ["red", "blue", "green", "cat", "dog", "bird", "one", "two", "three"]
@@ -358,18 +358,26 @@ class TestStatistics:
 
     def test_families_that_are_the_clusters_beat_chance_and_shuffled_ones_do_not(self):
         found = [0, 0, 0, 1, 1, 1, 2, 2, 2]
-        fit = fit_of_families(found, list("aaabbbccc"), times=500)
-        assert fit.index == 1
+        fit = against_chance(lambda families: rand_index(found, families), list("aaabbbccc"), times=500)
+        assert fit.value == 1
         assert fit.p < 0.02
-        assert abs(fit.random) < 0.05
-        assert fit_of_families(found, list("abcabcabc"), times=500).p > 0.9
+        assert abs(fit.chance) < 0.05
+        assert against_chance(lambda families: rand_index(found, families), list("abcabcabc"), times=500).p > 0.9
 
-    def test_a_tree_is_cut_into_as_many_clusters_as_asked_for(self):
-        from scipy.cluster import hierarchy
+    def test_kinship_counts_pairs(self):
+        random = np.random.default_rng(0)
+        similarity, kinds = random.random((7, 7)), list("aabbbcc")
+        pairs = list(itertools.combinations(range(7), 2))
+        kin = [similarity[i, j] for i, j in pairs if kinds[i] == kinds[j]]
+        others = [similarity[i, j] for i, j in pairs if kinds[i] != kinds[j]]
+        naive = fmean(a > b for a in kin for b in others)
+        assert kinship(similarity, kinds) == pytest.approx(naive)
+        assert kinship(np.ones((7, 7)), kinds) == pytest.approx(0.5)
 
-        linkage = hierarchy.linkage(np.array([[0.0], [0.1], [5.0], [5.1], [9.0]]))
-        assert len(set(clusters(linkage, 3))) == 3
-        assert clusters(linkage, 3)[0] == clusters(linkage, 3)[1]
+    def test_things_are_clustered_by_their_similarity(self):
+        places = np.array([0.0, 0.1, 5.0, 5.1, 9.0])
+        found = clusters(1 - np.abs(places[:, None] - places) / 10, 3)
+        assert found[0] == found[1] != found[2] == found[3] != found[4]
 
 
 class TestReport:

@@ -24,7 +24,6 @@ from rich.table import Table
 
 from . import report, routing
 from .data import HELD_OUT
-from .lines import SHOWN
 from .plan import Plan
 from .runs import Run, Source
 from .settings import FULL, QUICK
@@ -83,7 +82,7 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     if looked:
         console.print(_printed(f"Routing of {best}", looked))
     if args.docs:
-        report.write(args.docs, plan, "make bench-quality", SHOWN, looked)
+        report.write(args.docs, plan, "make bench-quality", looked)
 
 
 def _printed(title: str, rows: list[dict]) -> Table:

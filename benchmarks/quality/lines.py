@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from .methods import Method
 from .rates import Rates
 
-__all__ = ["BEST", "FEW", "FEW_REFERENCE", "MANY", "OTHER_SIZES", "REFERENCE", "SHOWN", "Line", "Way"]
+__all__ = ["BEST", "FEW", "FEW_REFERENCE", "FEW_SHOWN", "MANY", "OTHER_SIZES", "REFERENCE", "SHOWN", "Line", "Way"]
 
 
 NONE, NO_ADAPTER = Rates(), Method("none")
@@ -113,4 +113,13 @@ FEW = {
 }
 
 # Task by task, in the documentation.
+FEW_SHOWN = [
+    "before: no adapter",
+    "before: shared LoRA",
+    "LoRA from scratch",
+    FEW_REFERENCE,
+    "MHR, row of the mean",
+    "MHR-z, row of the mean",
+    "MHR-mu",
+]
 SHOWN = ["no adapter", "LoRA per task", SKILL_SIZED, REFERENCE, "Poly", BEST, "MHR, 8 splits"]

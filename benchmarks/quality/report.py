@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from .. import results as markdown
-from .lines import FEW, FEW_REFERENCE, MANY, REFERENCE
+from .lines import FEW, FEW_REFERENCE, FEW_SHOWN, MANY, REFERENCE, SHOWN
 from .plan import Plan
 from .rates import Rates
 from .statistics import Difference, compare, mean_and_error
@@ -183,14 +183,14 @@ def plot(plan: Plan, path: Path) -> None:
     plt.close(figure)
 
 
-def write(docs: Path, plan: Plan, command: str, lines: list[str], routing: Table) -> None:
-    """Replace the tables of a Markdown file, each between its markers; `lines` are those shown task by task."""
+def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
+    """Replace the tables of a Markdown file, each between its markers."""
     about = markdown.about(command)
     tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
-    tables |= {"quality-tasks": task_table(multi_task(plan), lines), "quality-routing": routing}
+    tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
     last = few_shot(plan, plan.settings.shots[-1])
     if last:
-        tables["quality-few-tasks"] = task_table(last, list(last))
+        tables["quality-few-tasks"] = task_table(last, FEW_SHOWN)
     for name, rows in tables.items():
         if rows:
             markdown.write_table(docs, name, rows, about, list(rows[0]))

@@ -6,14 +6,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from peft_poly.analysis import mean_metrics, read_routing, task_linkage
+import numpy as np
+
+from peft_poly.analysis import mean_metrics, read_routing, task_similarity
 
 from .data import families
 from .lines import MANY
 from .plan import Plan
 from .report import multi_task
 from .runs import Run
-from .statistics import Fit, clusters, fit_of_families
+from .statistics import against_chance, clusters, kinship, rand_index
 
 __all__ = ["best_routed", "look"]
 
@@ -30,47 +32,40 @@ def best_routed(plan: Plan) -> str:
 def look(run: Run, plan: Plan, line: str, picture: Path) -> list[dict[str, Any]]:
     """A row for each seed of a line; the heat map and the tree of the first one go into `picture`.
 
-    Families are what names begin with (`data.families`), among tasks that have kin; categories are what the rows say,
-    among all tasks. The tree is cut into as many clusters as there are families among its leaves.
+    Families are what names begin with (`data.families`), among the tasks that have kin; categories are what the rows
+    say, among those that have company.
     """
     from peft_poly.plots import save_plots
 
-    rows = []
-    for unit in (unit for unit in plan.store.done if unit.setup == plan.setup):
-        if unit.stage != "many" or unit.line != line or not run.file(line, unit.rates, unit.seed, unit.steps).exists():
+    rows: list[dict[str, Any]] = []
+    for unit in plan.store.done:
+        if unit.setup != plan.setup or unit.stage != "many" or unit.line != line:
+            continue
+        if not run.file(line, unit.rates, unit.seed, unit.steps).exists():
             continue
         routing = read_routing(run.adapter(line, unit.rates, unit.seed, unit.steps).model)
-        metrics = mean_metrics(routing)
         if not rows:
             save_plots(routing, picture)
-        row = {
-            "seed": unit.seed,
-            "discreteness": f"{metrics.discreteness:.2f}",
-            "skills used": f"{metrics.effective_skills:.2f}",
-        }
-        linkage, names = task_linkage(routing), routing.task_names
-        for kind, label in (("family", families(names)), ("category", run.tasks.category)):
-            row |= _cells(kind, _fit(linkage, names, label))
+        metrics = mean_metrics(routing)
+        row = {"seed": unit.seed, "skills used": f"{metrics.effective_skills:.1f} of {routing.shape[2]}"}
+        similarity = task_similarity(routing).numpy()
+        for kind, label in (("family", families(routing.task_names)), ("category", run.tasks.category)):
+            row |= _fits(kind, similarity, [label.get(name, "") for name in routing.task_names])
         rows.append(row)
     return rows
 
 
-def _fit(linkage: Any, names: list[str], label: dict[str, str]) -> Fit | None:
-    """Clusters of the whole tree, compared on the tasks that have a label."""
-    kept = [n for n, name in enumerate(names) if label.get(name)]
-    kinds = [label[names[n]] for n in kept]
-    number = len(set(kinds)) + len(names) - len(kept)  # tasks without kin are families of one
+def _fits(kind: str, similarity: np.ndarray, labels: list[str]) -> dict[str, str]:
+    """Two numbers for the tasks that have kin: does the tree find the families, and are kin more alike?"""
+    kept = [n for n, label in enumerate(labels) if label and labels.count(label) > 1]
+    kinds = [labels[n] for n in kept]
     if len(set(kinds)) < 2:
-        return None
-    found = clusters(linkage, number)
-    return fit_of_families([found[n] for n in kept], kinds)
-
-
-def _cells(kind: str, fit: Fit | None) -> dict[str, str]:
-    if fit is None:
         return {}
+    part = similarity[np.ix_(kept, kept)]
+    found = clusters(part, len(set(kinds)))
+    rand = against_chance(lambda families: rand_index(found, families), kinds)
+    kin = against_chance(lambda families: kinship(part, families), kinds)
     return {
-        f"{kind}: Rand index": f"{fit.index:.2f}",
-        f"{kind}: by chance, 95 %": f"{fit.random:.2f}, {fit.high:.2f}",
-        f"{kind}: p": f"{fit.p:.2g}",
+        f"{kind}: adjusted Rand index (95 % of chance; p)": f"{rand.value:.2f} ({rand.high:.2f}; {rand.p:.2g})",
+        f"{kind}: kin nearer than others (95 % of chance; p)": f"{kin.value:.2f} ({kin.high:.2f}; {kin.p:.2g})",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 from scipy.cluster import hierarchy
 
-__all__ = ["Difference", "Fit", "clusters", "compare", "fit_of_families", "mean_and_error", "rand_index"]
+__all__ = ["Difference", "Fit", "against_chance", "clusters", "compare", "kinship", "mean_and_error", "rand_index"]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -71,34 +71,50 @@ def rand_index(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:
     return 1.0 if most == expected else (both - expected) / (most - expected)
 
 
-def clusters(linkage: np.ndarray, number: int) -> list[int]:
-    """Cluster of each leaf when a tree (scipy's linkage) is cut into so many."""
-    return hierarchy.fcluster(linkage, number, "maxclust").tolist()
+def clusters(similarity: np.ndarray, number: int) -> list[int]:
+    """Cluster of each thing, so many in all: average linkage of the distances `1 - similarity (n, n)`."""
+    upper = np.triu_indices(len(similarity), k=1)
+    tree = hierarchy.linkage(1 - similarity[upper], method="average")
+    return hierarchy.fcluster(tree, number, "maxclust").tolist()
+
+
+def kinship(similarity: np.ndarray, families: Sequence[Hashable]) -> float:
+    """How often a pair of one family is more alike than a pair of two: 0.5 by chance, 1 if always (ties are half)."""
+    upper = np.triu_indices(len(similarity), k=1)
+    codes = _codes(families)
+    kin = codes[upper[0]] == codes[upper[1]]
+    values = similarity[upper]
+    return float(stats.mannwhitneyu(values[kin], values[~kin]).statistic / (kin.sum() * (~kin).sum()))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How well clusters fit families.
+    """A number that says how well things fit families, beside that of families dealt out at random.
 
     Attributes:
-        index: adjusted Rand index.
-        random: mean of the index over random permutations of the families.
+        value: the number.
+        chance: its mean over random permutations of the families.
         high: the 95th percentile of those.
-        p: share of the permutations with at least this index (itself counted in).
+        p: share of them with at least this value (itself counted in).
     """
 
-    index: float
-    random: float
+    value: float
+    chance: float
     high: float
     p: float
 
 
-def fit_of_families(found: Sequence[int], families: Sequence[Hashable], times: int = 10_000, seed: int = 0) -> Fit:
-    """Adjusted Rand index of clusters and families, beside that of families dealt out at random."""
-    codes = {family: n for n, family in enumerate(dict.fromkeys(families))}
-    labels = np.array([codes[family] for family in families])
-    random = np.random.default_rng(seed)
-    index = rand_index(found, labels.tolist())
-    drawn = np.array([rand_index(found, random.permutation(labels).tolist()) for _ in range(times)])
-    p = (1 + int((drawn >= index - 1e-12).sum())) / (1 + times)
-    return Fit(index, float(drawn.mean()), float(np.quantile(drawn, 0.95)), p)
+def against_chance(
+    measure: Callable[[list[int]], float], families: Sequence[Hashable], times: int = 2000, seed: int = 0
+) -> Fit:
+    """`measure(families)`, and the same of `times` random permutations of the families."""
+    labels, random = _codes(families), np.random.default_rng(seed)
+    value = measure(labels.tolist())
+    drawn = np.array([measure(random.permutation(labels).tolist()) for _ in range(times)])
+    p = (1 + int((drawn >= value - 1e-12).sum())) / (1 + times)
+    return Fit(value, float(drawn.mean()), float(np.quantile(drawn, 0.95)), p)
+
+
+def _codes(families: Sequence[Hashable]) -> np.ndarray:
+    numbers = {family: n for n, family in enumerate(dict.fromkeys(families))}
+    return np.array([numbers[family] for family in families])
