@@ -73,7 +73,7 @@ _variant = replace(_routed, grid=(), like=BEST)
 
 MANY = {
     "no adapter": Line(Method("none")),
-    "LoRA per task": Line(Method("per task"), Rates(1e-2, 0, 4), _grid((3e-3, 1e-2, 3e-2), scales=(4.0,))),
+    "LoRA per task": Line(Method("per task"), Rates(3e-3, 0, 4), _grid((1e-3, 3e-3, 1e-2), scales=(4.0,))),
     SKILL_SIZED: Line(Method("lora"), Rates(3e-3, 0, 8), _grid((1e-3, 3e-3, 6e-3), scales=(8.0,))),
     REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), _grid((1e-3, 3e-3, 6e-3))),
     "PEFT's Poly, published recipe": Line(Method("peft poly", splits=4), Rates(5e-5)),

@@ -50,7 +50,7 @@ def run_all(plan: Plan, source: Source, workers: int, console: Console) -> None:
             for unit in [unit for unit, future in running.items() if future in finished]:
                 results = running.pop(unit).result()
                 plan.store.add(unit, results)
-                progress.console.print(_said(unit, results))
+                progress.console.print(_said(unit, results), markup=False)
                 progress.update(bar, completed=plan.done(), description=f"{unit.stage}, seed {unit.seed}")
 
 
