@@ -253,9 +253,10 @@ class TestRunning:
             assert all(0 <= result.accuracy <= 100 and math.isfinite(result.loss) for result in results)
 
     def test_all_methods_of_a_seed_come_before_the_next_seed(self, finished):
-        for stage in ("many", "few"):
-            seeds = [unit.seed for unit in finished.store.done if unit.stage == stage]
+        for stage, steps in (("many", 3), ("many", 9), ("few", 2)):
+            seeds = [unit.seed for unit in finished.store.done if (unit.stage, unit.steps) == (stage, steps)]
             assert seeds == sorted(seeds)
+            assert set(seeds) == {0, 1}
 
     def test_rates_are_those_with_the_best_validation_accuracy(self, finished):
         line = lines.REFERENCE
@@ -398,7 +399,15 @@ class TestReport:
 
     def test_tables_plot_and_pictures_are_written(self, finished, run, source, tmp_path, capsys):
         docs = tmp_path / "quality.md"
-        names = ("quality", "quality-few", "quality-tuning", "quality-tasks", "quality-routing", "quality-few-tasks")
+        names = (
+            "quality",
+            "quality-long",
+            "quality-few",
+            "quality-tuning",
+            "quality-tasks",
+            "quality-routing",
+            "quality-few-tasks",
+        )
         docs.write_text("\n".join(f"<!-- {name} -->\nold\n<!-- /{name} -->" for name in names), encoding="utf-8")
         args = command.arguments(["--data", str(source.data), "--docs", str(docs)])
         command._report(args, run, finished, tmp_path / "quality")

@@ -71,7 +71,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
-    for title, rows in (("All tasks together", report.many_table(plan)), ("A new task", report.few_table(plan))):
+    tables = {
+        "All tasks together": report.many_table(plan),
+        "The same, three times as long": report.many_table(plan, long=True),
+        "A new task": report.few_table(plan),
+    }
+    for title, rows in tables.items():
         if rows:
             console.print(_printed(title, rows))
     if not report.multi_task(plan):

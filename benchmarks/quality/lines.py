@@ -7,7 +7,19 @@ from dataclasses import dataclass, replace
 from .methods import Method
 from .rates import Rates
 
-__all__ = ["BEST", "FEW", "FEW_REFERENCE", "FEW_SHOWN", "MANY", "OTHER_SIZES", "REFERENCE", "SHOWN", "Line", "Way"]
+__all__ = [
+    "BEST",
+    "FEW",
+    "FEW_REFERENCE",
+    "FEW_SHOWN",
+    "LONG_REFERENCE",
+    "MANY",
+    "OTHER_SIZES",
+    "REFERENCE",
+    "SHOWN",
+    "Line",
+    "Way",
+]
 
 
 NONE, NO_ADAPTER = Rates(), Method("none")
@@ -22,12 +34,14 @@ class Line:
         rates: what it uses if nothing is tuned.
         grid: what is tried on validation rows.
         like: the line whose rates it takes; empty for its own.
+        times: how many times the steps of the others.
     """
 
     method: Method
     rates: Rates = NONE
     grid: tuple[Rates, ...] = ()
     like: str = ""
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,12 +76,13 @@ def _grid(
 
 
 REFERENCE = "shared LoRA"  # what the others are compared with
+LONG_REFERENCE = "shared LoRA, 3 x the steps"  # what those of many steps are compared with
 BEST = "MHR, 4 splits"  # what the variants are variants of
 SKILL_SIZED = "shared LoRA, rank of one skill"
 OTHER_SIZES = ("no adapter", SKILL_SIZED)  # all others fit the budget
 
 _mhr = Method("poly", splits=4, noise=False)
-_GRID = (Rates(3e-3, 0.1, 8), Rates(6e-3, 0.1, 8), Rates(1e-2, 0.1, 4), Rates(3e-3, 0.03, 8))
+_GRID = (Rates(3e-3, 0.1, 8), Rates(6e-3, 0.1, 8), Rates(3e-3, 0.03, 8), Rates(3e-3, 0.3, 8))
 _routed = Line(_mhr, Rates(3e-3, 0.1, 8), _GRID)
 _variant = replace(_routed, grid=(), like=BEST)
 
@@ -85,6 +100,9 @@ MANY = {
     'MHR, init_weights="mhr"': replace(_variant, method=replace(_mhr, init="mhr")),
     "MHR, router per block": replace(_variant, method=replace(_mhr, granularity="block")),
     "MHR, router for the model": replace(_variant, method=replace(_mhr, granularity="model")),
+    LONG_REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), like=REFERENCE, times=3),
+    "LoRA per task, 3 x the steps": Line(Method("per task"), Rates(3e-3, 0, 4), like="LoRA per task", times=3),
+    "MHR, 4 splits, 3 x the steps": replace(_variant, times=3),
 }
 
 _all = Way(BEST, init="mean", verb="train_all", rates=Rates(1e-3, 0.1), grid=_grid((3e-4, 1e-3, 3e-3), (0.1,), (0.0,)))

@@ -45,15 +45,22 @@ class Plan:
             for line in MANY:
                 for rates in MANY[line].grid:
                     yield Slot("tune", line, s.tune_seed, rates=rates)
-        for seed in s.seeds:
-            for line in MANY:
-                yield Slot("many", line, seed)
+        yield from self._many(long=False)
         if s.tune:
             for way in FEW:
                 for rates in FEW[way].grid:
                     yield Slot("tune few", way, s.seeds[0], s.shots[0], s.draws, rates)  # a draw that no table has
-        for seed in s.seeds:
+        yield from self._few(s.seeds[0])
+        if s.long:
+            yield from self._many(long=True)
+        for seed in s.seeds[1:]:
             yield from self._few(seed)
+
+    def _many(self, long: bool) -> Iterator[Slot]:
+        for seed in self.settings.seeds:
+            for line in MANY:
+                if (MANY[line].times > 1) == long:
+                    yield Slot("many", line, seed)
 
     def _few(self, seed: int) -> Iterator[Slot]:
         for way in FEW:
@@ -82,6 +89,8 @@ class Plan:
             return None
         s = self.settings
         steps = {"tune": s.tune_steps, "many": s.steps}.get(slot.stage, s.few_steps)
+        if slot.stage == "many":
+            steps *= MANY[slot.line].times
         return Unit(self.setup, slot.stage, slot.line, str(rates), str(source), slot.seed, steps, slot.shots, slot.draw)
 
     def _has_source(self, slot: Slot) -> bool:

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from .. import results as markdown
-from .lines import FEW, FEW_REFERENCE, FEW_SHOWN, MANY, REFERENCE, SHOWN
+from .lines import FEW, FEW_REFERENCE, FEW_SHOWN, LONG_REFERENCE, MANY, REFERENCE, SHOWN
 from .plan import Plan
 from .rates import Rates
 from .statistics import Difference, compare, mean_and_error
@@ -31,12 +31,12 @@ Accuracies = dict[int, dict[str, float]]  # by seed and task
 Table = list[dict[str, Any]]
 
 
-def multi_task(plan: Plan) -> dict[str, Accuracies]:
-    """Test accuracies of each line of the multi-task table that has a seed done."""
+def multi_task(plan: Plan, long: bool = False) -> dict[str, Accuracies]:
+    """Test accuracies of each line of the multi-task table (or of that of long training) that has a seed done."""
     found: dict[str, Accuracies] = {}
     for unit, results in _done(plan, "many"):
         found.setdefault(unit.line, {})[unit.seed] = {result.task: result.accuracy for result in results}
-    return {line: found[line] for line in MANY if line in found}
+    return {line: found[line] for line in MANY if line in found and (MANY[line].times > 1) == long}
 
 
 def few_shot(plan: Plan, shots: int) -> dict[str, Accuracies]:
@@ -64,15 +64,15 @@ def _done(plan: Plan, stage: str) -> list[tuple[Unit, list[Result]]]:
     return [(unit, plan.store.done[unit]) for unit in units if unit in plan.store.done]
 
 
-def many_table(plan: Plan) -> Table:
+def many_table(plan: Plan, long: bool = False) -> Table:
     """A line each: size, rates, mean accuracy, and the paired difference from the shared LoRA."""
-    found = multi_task(plan)
+    found = multi_task(plan, long)
     sizes = {unit.line: results[0].parameters for unit, results in _done(plan, "many")}
     rates = {unit.line: Rates.parse(unit.rates) for unit, _ in _done(plan, "many")}
     rows = []
     for line, accuracies in found.items():
         row = {"method": line, "parameters": f"{sizes[line]:,}", **_shown(rates[line]), "accuracy": _mean(accuracies)}
-        rows.append({**row, "seeds": len(accuracies), **_against(found, line, REFERENCE)})
+        rows.append({**row, "seeds": len(accuracies), **_against(found, line, LONG_REFERENCE if long else REFERENCE)})
     return rows
 
 
@@ -107,11 +107,15 @@ def task_table(found: dict[str, Accuracies], lines: list[str]) -> Table:
 
 
 def tuning_table(plan: Plan) -> Table:
-    """All that was tried on validation rows: mean accuracy of each setting, the chosen one in bold."""
+    """All that was tried on validation rows, in a grid or before it: mean accuracies, the chosen setting in bold."""
     rows = []
     for few, lines in ((False, MANY), (True, FEW)):
+        stage = "tune few" if few else "tune"
         for line in lines:
-            tried = {rates: results for rates, results in plan.tried(line, few).items() if results}
+            units = [
+                unit for unit in plan.store.done if (unit.setup, unit.stage, unit.line) == (plan.setup, stage, line)
+            ]
+            tried = {Rates.parse(unit.rates): plan.store.done[unit] for unit in units}
             if not tried:
                 continue
             chosen = plan.rates(line, few)
@@ -135,7 +139,7 @@ def _mean(accuracies: Accuracies) -> str:
 
 
 def _against(found: dict[str, Accuracies], line: str, reference: str) -> dict[str, str]:
-    head = f"less {reference}"
+    head = "less the shared LoRA"
     if line == reference or line not in found or reference not in found or not found[line].keys() & found[reference]:
         return {head: "", "tasks better / equal / worse": "", "sign test": ""}
     d: Difference = compare(found[line], found[reference])
@@ -188,6 +192,7 @@ def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
     about = markdown.about(command)
     tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
     tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
+    tables["quality-long"] = many_table(plan, long=True)
     last = few_shot(plan, plan.settings.shots[-1])
     if last:
         tables["quality-few-tasks"] = task_table(last, FEW_SHOWN)
