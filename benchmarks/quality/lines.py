@@ -82,8 +82,8 @@ SKILL_SIZED = "shared LoRA, rank of one skill"
 OTHER_SIZES = ("no adapter", SKILL_SIZED)  # all others fit the budget
 
 _mhr = Method("poly", splits=4, noise=False)
-_GRID = (Rates(3e-3, 0.1, 8), Rates(6e-3, 0.1, 8), Rates(3e-3, 0.03, 8), Rates(3e-3, 0.3, 8))
-_routed = Line(_mhr, Rates(3e-3, 0.1, 8), _GRID)
+_GRID = _grid((3e-3,), (0.03, 0.1, 0.3, 1.0), (8.0,))
+_routed = Line(_mhr, Rates(3e-3, 0.3, 8), _GRID)
 _variant = replace(_routed, grid=(), like=BEST)
 
 MANY = {
@@ -95,7 +95,7 @@ MANY = {
     "Poly": replace(_routed, method=replace(_mhr, splits=1)),
     BEST: _routed,
     "MHR, 8 splits": replace(_routed, method=replace(_mhr, splits=8)),
-    "MHR, one rate": Line(_mhr, Rates(6e-3, 0, 8), _grid((3e-3, 6e-3, 1e-2), scales=(8.0,))),
+    "MHR, one rate": Line(_mhr, Rates(3e-3, 0, 8), _grid((3e-3, 6e-3, 1e-2), scales=(8.0,))),
     "MHR, noise": replace(_variant, method=replace(_mhr, noise=True)),
     'MHR, init_weights="mhr"': replace(_variant, method=replace(_mhr, init="mhr")),
     "MHR, router per block": replace(_variant, method=replace(_mhr, granularity="block")),
