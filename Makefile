@@ -5,6 +5,7 @@
 #   make test PYTEST_ARGS="tests/test_config.py"  some of the tests; "-m slow" for those that need minutes
 #   make docs INTERSPHINX=1                      with links into the docs of PEFT, transformers and torch (network)
 #   make demo DEMO_ARGS="--seeds 0 1 2"           settings of examples/train_multitask.py
+#   make bench-quality DATA=folder                the accuracy of all methods on your tasks; docs/benchmarks/quality.md
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,10 +15,11 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 SERVE_ARGS ?=
 BENCH_ARGS ?=
+DATA ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo serve test quality style docs bench bench-quick clean
+.PHONY: help demo serve test quality style docs bench bench-quick bench-quality clean
 .NOTPARALLEL:
 
 help: ## list the verbs
@@ -65,6 +67,9 @@ else
 bench bench-quick:
 	@echo "There are no benchmarks to run yet (benchmarks/)."
 endif
+
+bench-quality: $(VENV)/.test ## measure accuracy against LoRAs on the tasks of a folder: DATA=path, BENCH_ARGS=--quick
+	$(BIN)/python -m benchmarks.quality --data $(DATA) $(BENCH_ARGS)
 
 clean: ## remove caches and builds; keeps the environment and what the examples wrote
 	rm -rf build dist docs/_build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

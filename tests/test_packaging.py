@@ -26,7 +26,7 @@ from peft_poly.compat import PEFT_VERSIONS
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-VERBS = ["demo", "serve", "test", "quality", "style", "docs", "bench", "bench-quick", "clean"]
+VERBS = ["demo", "serve", "test", "quality", "style", "docs", "bench", "bench-quick", "bench-quality", "clean"]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 

@@ -1,0 +1,101 @@
+"""Does routing pay? `python -m benchmarks.quality --data FOLDER [--quick]`.
+
+Trains every method on all tasks of the folder and on a few rows of those held out, and writes tables and plots. What
+is in the CSV file is done: run the same line again after a stop, and it goes on. `docs/benchmarks/quality.md` says what
+is compared and how.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import argparse
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from . import report, routing
+from .data import HELD_OUT
+from .plan import Plan
+from .runs import Run, Source
+from .settings import FULL, QUICK
+from .store import Store
+from .workers import run_all
+
+RESULTS = Path(__file__).parent / "results"
+console = Console(highlight=False, soft_wrap=True)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of *.jsonl files, the schema of examples/data")
+    parser.add_argument("--held-out", nargs="*", default=list(HELD_OUT), help="tasks that come later, from few rows")
+    parser.add_argument("--model", default="", help="folder of a BERT-like encoder; empty for MiniLM from its package")
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer steps, nothing tuned: ten minutes")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread (default: 2)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file and the plots")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs/quality"), help="hidden states, trained adapters")
+    parser.add_argument("--docs", type=Path, help="a Markdown file whose tables are to be replaced")
+    parser.add_argument("--report-only", action="store_true", help="run nothing; tables of what is done")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    source = Source(args.data, tuple(args.held_out), args.model, args.outputs, QUICK if args.quick else FULL)
+    try:
+        run = Run(source)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    name = "quality-quick" if args.quick else "quality"
+    plan = Plan(source.settings, run.setup, Store(args.results / f"{name}.csv"))
+    tasks = run.tasks
+    console.print(f"{len(tasks.known)} tasks, {len(tasks.held_out)} held out, setup {run.setup}")
+    if tasks.skipped:
+        console.print(f"Left out, for their rows have no options to choose from: {', '.join(tasks.skipped)}")
+    if not args.report_only:
+        run_all(plan, source, args.workers, console)
+    _report(args, run, plan, args.results / name)
+
+
+def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
+    tables = {
+        "All tasks together": report.many_table(plan),
+        "The same, three times as long": report.many_table(plan, long=True),
+        "A new task": report.few_table(plan),
+    }
+    for title, rows in tables.items():
+        if rows:
+            console.print(_printed(title, rows))
+    if not report.multi_task(plan):
+        return
+    report.plot(plan, path.with_suffix(".png"))
+    best = routing.best_routed(plan)
+    looked = routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png")) if best else []
+    if looked:
+        console.print(_printed(f"Routing of {best}", looked))
+    if args.docs:
+        report.write(args.docs, plan, "make bench-quality", looked)
+
+
+def _printed(title: str, rows: list[dict]) -> Table:
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(str(cell).replace("**", "") for cell in row.values()))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The lines of the tables: methods that learn all tasks, and ways to meet a new one; which rates each is tuned over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .methods import Method
+from .rates import Rates
+
+__all__ = [
+    "BEST",
+    "FEW",
+    "FEW_REFERENCE",
+    "FEW_SHOWN",
+    "LONG_REFERENCE",
+    "MANY",
+    "OTHER_SIZES",
+    "REFERENCE",
+    "SHOWN",
+    "Line",
+    "Way",
+]
+
+
+NONE, NO_ADAPTER = Rates(), Method("none")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method of the multi-task table.
+
+    Attributes:
+        method: what is built.
+        rates: what it uses if nothing is tuned.
+        grid: what is tried on validation rows.
+        like: the line whose rates it takes; empty for its own.
+        times: how many times the steps of the others.
+    """
+
+    method: Method
+    rates: Rates = NONE
+    grid: tuple[Rates, ...] = ()
+    like: str = ""
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to meet a new task from a few rows.
+
+    Attributes:
+        source: the line whose adapter it starts from; empty for none.
+        method: what is built where there is no source.
+        init: where the new router row starts: mean, uniform, nearest; empty without a router.
+        verb: what of the adapter learns: train_all, train_router_only, average_skills; empty for a LoRA.
+        learns: False for the score before any training.
+        rates: what it uses if nothing is tuned.
+        grid: what is tried on validation rows of the new tasks.
+        like: the way whose rates it takes; empty for its own.
+    """
+
+    source: str = ""
+    method: Method = NO_ADAPTER
+    init: str = ""
+    verb: str = ""
+    learns: bool = True
+    rates: Rates = NONE
+    grid: tuple[Rates, ...] = ()
+    like: str = ""
+
+
+def _grid(
+    lrs: tuple[float, ...], router_lrs: tuple[float, ...] = (0.0,), scales: tuple[float, ...] = (1.0,)
+) -> tuple[Rates, ...]:
+    return tuple(Rates(lr, router_lr, scale) for scale in scales for router_lr in router_lrs for lr in lrs)
+
+
+REFERENCE = "shared LoRA"  # what the others are compared with
+LONG_REFERENCE = "shared LoRA, 3 x the steps"  # what those of many steps are compared with
+BEST = "MHR, 4 splits"  # what the variants are variants of
+SKILL_SIZED = "shared LoRA, rank of one skill"
+OTHER_SIZES = ("no adapter", SKILL_SIZED)  # all others fit the budget
+
+_mhr = Method("poly", splits=4, noise=False)
+_GRID = _grid((3e-3,), (0.03, 0.1, 0.3, 1.0), (8.0,))
+_routed = Line(_mhr, Rates(3e-3, 0.3, 8), _GRID)
+_variant = replace(_routed, grid=(), like=BEST)
+
+MANY = {
+    "no adapter": Line(Method("none")),
+    "LoRA per task": Line(Method("per task"), Rates(3e-3, 0, 4), _grid((1e-3, 3e-3, 1e-2), scales=(4.0,))),
+    SKILL_SIZED: Line(Method("lora"), Rates(3e-3, 0, 8), _grid((1e-3, 3e-3, 6e-3), scales=(8.0,))),
+    REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), _grid((1e-3, 3e-3, 6e-3))),
+    "PEFT's Poly, published recipe": Line(Method("peft poly", splits=4), Rates(5e-5)),
+    "Poly": replace(_routed, method=replace(_mhr, splits=1)),
+    BEST: _routed,
+    "MHR, 8 splits": replace(_routed, method=replace(_mhr, splits=8)),
+    "MHR, one rate": Line(_mhr, Rates(3e-3, 0, 8), _grid((3e-3, 6e-3, 1e-2), scales=(8.0,))),
+    "MHR, noise": replace(_variant, method=replace(_mhr, noise=True)),
+    'MHR, init_weights="mhr"': replace(_variant, method=replace(_mhr, init="mhr")),
+    "MHR, router per block": replace(_variant, method=replace(_mhr, granularity="block")),
+    "MHR, router for the model": replace(_variant, method=replace(_mhr, granularity="model")),
+    LONG_REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), like=REFERENCE, times=3),
+    "LoRA per task, 3 x the steps": Line(Method("per task"), Rates(3e-3, 0, 4), like="LoRA per task", times=3),
+    "MHR, 4 splits, 3 x the steps": replace(_variant, times=3),
+}
+
+_all = Way(BEST, init="mean", verb="train_all", rates=Rates(1e-3, 0.1), grid=_grid((3e-4, 1e-3, 3e-3), (0.1,), (0.0,)))
+_z = Way(BEST, init="mean", verb="train_router_only", rates=Rates(0, 0.3), grid=_grid((0.0,), (0.1, 0.3, 1.0), (0.0,)))
+_mu = Way(BEST, init="mean", verb="average_skills", rates=Rates(3e-3), grid=_grid((1e-3, 3e-3, 1e-2), scales=(0.0,)))
+_zero = Way(BEST, init="mean", verb="train_router_only", learns=False)
+FEW_REFERENCE = "shared LoRA, trained on"
+
+FEW = {
+    "before: no adapter": Way(learns=False),
+    "before: shared LoRA": Way(REFERENCE, learns=False),
+    "before: MHR, row of the mean": _zero,
+    "before: MHR, average of the skills": replace(_zero, verb="average_skills"),
+    "LoRA from scratch": Way(method=Method("lora", r=0), rates=Rates(3e-3, 0, 1), grid=_grid((1e-3, 3e-3, 1e-2))),
+    FEW_REFERENCE: Way(REFERENCE, rates=Rates(1e-3), grid=_grid((3e-4, 1e-3, 3e-3), scales=(0.0,))),
+    "Poly": replace(_all, source="Poly"),
+    "Poly-z": replace(_z, source="Poly"),
+    "Poly-mu": replace(_mu, source="Poly"),
+    "MHR, row of the mean": _all,
+    "MHR, row uniform": replace(_all, init="uniform", grid=(), like="MHR, row of the mean"),
+    "MHR, row of the nearest task": replace(_all, init="nearest", grid=(), like="MHR, row of the mean"),
+    "MHR-z, row of the mean": _z,
+    "MHR-z, row uniform": replace(_z, init="uniform", grid=(), like="MHR-z, row of the mean"),
+    "MHR-z, row of the nearest task": replace(_z, init="nearest", grid=(), like="MHR-z, row of the mean"),
+    "MHR-mu": _mu,
+}
+
+# Task by task, in the documentation.
+FEW_SHOWN = [
+    "before: no adapter",
+    "before: shared LoRA",
+    "LoRA from scratch",
+    FEW_REFERENCE,
+    "MHR, row of the mean",
+    "MHR-z, row of the mean",
+    "MHR-mu",
+]
+SHOWN = ["no adapter", "LoRA per task", SKILL_SIZED, REFERENCE, "Poly", BEST, "MHR, 8 splits"]

@@ -1,0 +1,201 @@
+"""From results to what the documentation shows: tables, a plot, and a look at the routing of the best run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from .. import results as markdown
+from .lines import FEW, FEW_REFERENCE, FEW_SHOWN, LONG_REFERENCE, MANY, REFERENCE, SHOWN
+from .plan import Plan
+from .rates import Rates
+from .statistics import Difference, compare, mean_and_error
+from .store import Result, Unit
+
+__all__ = [
+    "Accuracies",
+    "few_shot",
+    "few_table",
+    "many_table",
+    "multi_task",
+    "plot",
+    "task_table",
+    "tuning_table",
+    "write",
+]
+
+Accuracies = dict[int, dict[str, float]]  # by seed and task
+Table = list[dict[str, Any]]
+
+
+def multi_task(plan: Plan, long: bool = False) -> dict[str, Accuracies]:
+    """Test accuracies of each line of the multi-task table (or of that of long training) that has a seed done."""
+    found: dict[str, Accuracies] = {}
+    for unit, results in _done(plan, "many"):
+        found.setdefault(unit.line, {})[unit.seed] = {result.task: result.accuracy for result in results}
+    return {line: found[line] for line in MANY if line in found and (MANY[line].times > 1) == long}
+
+
+def few_shot(plan: Plan, shots: int) -> dict[str, Accuracies]:
+    """The same for the few-shot table: medians over the draws, of those seeds that have all of them."""
+    drawn: dict[str, dict[int, list[list[Result]]]] = {}
+    for unit, results in _done(plan, "few"):
+        if unit.shots in (0, shots):
+            drawn.setdefault(unit.line, {}).setdefault(unit.seed, []).append(results)
+    found: dict[str, Accuracies] = {}
+    for way in FEW:
+        draws = plan.settings.draws if FEW[way].learns else 1
+        for seed, runs in sorted(drawn.get(way, {}).items()):
+            if len(runs) == draws:
+                tasks = {result.task: median(_of(run, result.task) for run in runs) for result in runs[0]}
+                found.setdefault(way, {})[seed] = tasks
+    return found
+
+
+def _of(results: Iterable[Result], task: str) -> float:
+    return next(result.accuracy for result in results if result.task == task)
+
+
+def _done(plan: Plan, stage: str) -> list[tuple[Unit, list[Result]]]:
+    units = [unit for slot in plan.slots if slot.stage == stage and (unit := plan.unit(slot))]
+    return [(unit, plan.store.done[unit]) for unit in units if unit in plan.store.done]
+
+
+def many_table(plan: Plan, long: bool = False) -> Table:
+    """A line each: size, rates, mean accuracy, and the paired difference from the shared LoRA."""
+    found = multi_task(plan, long)
+    sizes = {unit.line: results[0].parameters for unit, results in _done(plan, "many")}
+    rates = {unit.line: Rates.parse(unit.rates) for unit, _ in _done(plan, "many")}
+    rows = []
+    for line, accuracies in found.items():
+        row = {"method": line, "parameters": f"{sizes[line]:,}", **_shown(rates[line]), "accuracy": _mean(accuracies)}
+        rows.append({**row, "seeds": len(accuracies), **_against(found, line, LONG_REFERENCE if long else REFERENCE)})
+    return rows
+
+
+def few_table(plan: Plan) -> Table:
+    """A way each: what learns, and mean accuracy at each number of rows."""
+    sizes = {unit.line: results[0].parameters for unit, results in _done(plan, "few")}
+    rates = {unit.line: Rates.parse(unit.rates) for unit, _ in _done(plan, "few")}
+    by_shots = {shots: few_shot(plan, shots) for shots in plan.settings.shots}
+    rows = []
+    for way in FEW:
+        if way not in sizes:
+            continue
+        row: dict[str, Any] = {"way": way, "numbers that learn": f"{sizes[way]:,}", **_shown(rates[way])}
+        row.pop("scale")
+        for shots, found in by_shots.items():
+            row[f"{shots} rows"] = _mean(found[way]) if way in found else ""
+        last = by_shots[plan.settings.shots[-1]]
+        row["seeds"] = len(last.get(way, {}))
+        rows.append({**row, **_against(last, way, FEW_REFERENCE)})
+    return rows
+
+
+def task_table(found: dict[str, Accuracies], lines: list[str]) -> Table:
+    """Accuracy of some lines task by task, mean over the seeds; the best in bold."""
+    lines = [line for line in lines if line in found]
+    rows = []
+    for task in next(iter(found[lines[0]].values())):
+        means = {line: fmean(tasks[task] for tasks in found[line].values()) for line in lines}
+        best = max(means.values())
+        rows.append({"task": task} | {line: f"**{m:.1f}**" if m == best else f"{m:.1f}" for line, m in means.items()})
+    return rows
+
+
+def tuning_table(plan: Plan) -> Table:
+    """All that was tried on validation rows, in a grid or before it: mean accuracies, the chosen setting in bold."""
+    rows = []
+    for few, lines in ((False, MANY), (True, FEW)):
+        stage = "tune few" if few else "tune"
+        for line in lines:
+            units = [
+                unit for unit in plan.store.done if (unit.setup, unit.stage, unit.line) == (plan.setup, stage, line)
+            ]
+            tried = {Rates.parse(unit.rates): plan.store.done[unit] for unit in units}
+            if not tried:
+                continue
+            chosen = plan.rates(line, few)
+            cells = []
+            for rates, results in tried.items():
+                text = ", ".join(f"{name} {value}" for name, value in _shown(rates).items() if value)
+                text += f": {fmean(result.accuracy for result in results):.1f}"
+                cells.append(f"**{text}**" if rates == chosen else text)
+            rows.append({"line": line, "settings and validation accuracy": "; ".join(cells)})
+    return rows
+
+
+def _shown(rates: Rates) -> dict[str, str]:
+    names = zip(("rate", "router", "scale"), rates, strict=True)
+    return {name: f"{value:g}" if value else "" for name, value in names}
+
+
+def _mean(accuracies: Accuracies) -> str:
+    mean, error = mean_and_error([fmean(tasks.values()) for tasks in accuracies.values()])
+    return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
+
+
+def _against(found: dict[str, Accuracies], line: str, reference: str) -> dict[str, str]:
+    head = "less the shared LoRA"
+    if line == reference or line not in found or reference not in found or not found[line].keys() & found[reference]:
+        return {head: "", "tasks better / equal / worse": "", "sign test": ""}
+    d: Difference = compare(found[line], found[reference])
+    error = "" if math.isnan(d.error) else f" ± {d.error:.1f}"
+    counts = f"{d.better} / {d.equal} / {d.worse}"
+    return {head: f"{d.mean:+.1f}{error}", "tasks better / equal / worse": counts, "sign test": f"p = {d.p:.2g}"}
+
+
+def plot(plan: Plan, path: Path) -> None:
+    """Means and their errors, of every line of both tables, seeds as dots."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    shots = plan.settings.shots[-1]
+    panels = [
+        ("all tasks together, test accuracy in %", multi_task(plan), REFERENCE),
+        (f"a new task from {shots} rows, test accuracy in %", few_shot(plan, shots), FEW_REFERENCE),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    heights = [len(found) for _, found, _ in panels]
+    figure, all_axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(7.5, 1.4 + 0.3 * sum(heights)),
+        layout="constrained",
+        height_ratios=heights,
+        squeeze=False,
+    )
+    for axes, (title, found, reference) in zip(all_axes[:, 0], panels, strict=True):
+        for place, (line, accuracies) in enumerate(found.items()):
+            means = [fmean(tasks.values()) for tasks in accuracies.values()]
+            mean, error = mean_and_error(means)
+            colour = "#1d4ed8" if "Poly" in line or "MHR" in line else "#6b7280"
+            axes.errorbar(mean, place, xerr=0 if math.isnan(error) else error, fmt="o", color=colour, capsize=3)
+            axes.plot(means, [place] * len(means), ".", color=colour, alpha=0.35)
+            if line == reference:
+                axes.axvline(mean, color="#9ca3af", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(found)), list(found), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(title)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
+    """Replace the tables of a Markdown file, each between its markers."""
+    about = markdown.about(command)
+    tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
+    tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
+    tables["quality-long"] = many_table(plan, long=True)
+    last = few_shot(plan, plan.settings.shots[-1])
+    if last:
+        tables["quality-few-tasks"] = task_table(last, FEW_SHOWN)
+    for name, rows in tables.items():
+        if rows:
+            markdown.write_table(docs, name, rows, about, list(rows[0]))

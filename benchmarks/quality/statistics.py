@@ -1,0 +1,120 @@
+"""Means with their errors, paired differences with a sign test, and how well a clustering fits known families."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import numpy as np
+from scipy import stats
+from scipy.cluster import hierarchy
+
+__all__ = ["Difference", "Fit", "against_chance", "clusters", "compare", "kinship", "mean_and_error", "rand_index"]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error (nan for a single value)."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return fmean(values), error
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One method less another, task by task.
+
+    Attributes:
+        mean: mean over seeds of the mean over tasks.
+        error: standard error of it over the seeds.
+        better, equal, worse: numbers of tasks, by their mean over the seeds.
+        p: of a two-sided sign test over the tasks that differ.
+    """
+
+    mean: float
+    error: float
+    better: int
+    equal: int
+    worse: int
+    p: float
+
+
+def compare(one: Mapping[int, Mapping[str, float]], other: Mapping[int, Mapping[str, float]]) -> Difference:
+    """Paired difference of two methods, `{seed: {task: accuracy}}`, over the seeds that both have.
+
+    Raises:
+        ValueError: they have no seed in common, or their tasks differ.
+    """
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds:
+        raise ValueError("The two methods have no seed in common.")
+    if any(one[seed].keys() != other[seed].keys() for seed in seeds):
+        raise ValueError("The two methods were not tested on the same tasks.")
+    tasks = sorted(one[seeds[0]])
+    mean, error = mean_and_error([fmean(one[seed][task] - other[seed][task] for task in tasks) for seed in seeds])
+    by_task = [round(fmean(one[seed][task] - other[seed][task] for seed in seeds), 9) for task in tasks]
+    better, worse = sum(d > 0 for d in by_task), sum(d < 0 for d in by_task)
+    p = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    return Difference(mean, error, better, len(tasks) - better - worse, worse, float(p))
+
+
+def rand_index(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:
+    """Adjusted Rand index of two partitions of the same things: 1 if they agree, 0 on average if by chance."""
+
+    def pairs(counts: Mapping[Hashable, int]) -> int:
+        return sum(math.comb(n, 2) for n in counts.values())
+
+    both = pairs(Counter(zip(one, other, strict=True)))
+    a, b, total = pairs(Counter(one)), pairs(Counter(other)), math.comb(len(one), 2)
+    expected, most = a * b / total, (a + b) / 2
+    return 1.0 if most == expected else (both - expected) / (most - expected)
+
+
+def clusters(similarity: np.ndarray, number: int) -> list[int]:
+    """Cluster of each thing, so many in all: average linkage of the distances `1 - similarity (n, n)`."""
+    upper = np.triu_indices(len(similarity), k=1)
+    tree = hierarchy.linkage(1 - similarity[upper], method="average")
+    return hierarchy.fcluster(tree, number, "maxclust").tolist()
+
+
+def kinship(similarity: np.ndarray, families: Sequence[Hashable]) -> float:
+    """How often a pair of one family is more alike than a pair of two: 0.5 by chance, 1 if always (ties are half)."""
+    upper = np.triu_indices(len(similarity), k=1)
+    codes = _codes(families)
+    kin = codes[upper[0]] == codes[upper[1]]
+    values = similarity[upper]
+    return float(stats.mannwhitneyu(values[kin], values[~kin]).statistic / (kin.sum() * (~kin).sum()))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A number that says how well things fit families, beside that of families dealt out at random.
+
+    Attributes:
+        value: the number.
+        chance: its mean over random permutations of the families.
+        high: the 95th percentile of those.
+        p: share of them with at least this value (itself counted in).
+    """
+
+    value: float
+    chance: float
+    high: float
+    p: float
+
+
+def against_chance(
+    measure: Callable[[list[int]], float], families: Sequence[Hashable], times: int = 2000, seed: int = 0
+) -> Fit:
+    """`measure(families)`, and the same of `times` random permutations of the families."""
+    labels, random = _codes(families), np.random.default_rng(seed)
+    value = measure(labels.tolist())
+    drawn = np.array([measure(random.permutation(labels).tolist()) for _ in range(times)])
+    p = (1 + int((drawn >= value - 1e-12).sum())) / (1 + times)
+    return Fit(value, float(drawn.mean()), float(np.quantile(drawn, 0.95)), p)
+
+
+def _codes(families: Sequence[Hashable]) -> np.ndarray:
+    numbers = {family: n for n, family in enumerate(dict.fromkeys(families))}
+    return np.array([numbers[family] for family in families])

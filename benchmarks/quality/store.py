@@ -1,0 +1,112 @@
+"""Results as rows of one CSV file that is only ever appended to: what is in it is done, and a killed run goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections import defaultdict
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+__all__ = ["Result", "Store", "Unit"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing to run, and all that its result depends on.
+
+    Attributes:
+        setup: fingerprint of the data, the encoder and the sizes.
+        stage: tune, many, tune few, or few.
+        line: a key of `lines.MANY` or `lines.FEW`.
+        rates: text of the `Rates`.
+        source: text of the `Rates` of the adapter that a few-shot unit starts from.
+        seed: of the parameters and the order of the rows.
+        steps: of training.
+        shots, draw: how many rows of a new task, and which.
+    """
+
+    setup: str
+    stage: str
+    line: str
+    rates: str
+    source: str
+    seed: int
+    steps: int
+    shots: int = 0
+    draw: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a unit has measured on one task.
+
+    Attributes:
+        task: its name.
+        accuracy: in per cent.
+        loss: mean cross-entropy of the rows.
+        parameters: how many numbers learned.
+        seconds: CPU time of the whole unit.
+    """
+
+    task: str
+    accuracy: float
+    loss: float
+    parameters: int
+    seconds: float
+
+
+UNIT, RESULT = ([field.name for field in fields(cls)] for cls in (Unit, Result))
+COLUMNS = [*UNIT, "rows", *RESULT]  # rows: how many the unit has, so that a torn one is seen
+
+
+class Store:
+    """The results in a CSV file; reads it when made.
+
+    Attributes:
+        done: results by unit, in the order of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: dict[Unit, list[Result]] = {}
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        """Units with fewer rows than they say are of runs that were killed while writing: they count as not done."""
+        found: dict[Unit, list[Result]] = defaultdict(list)
+        sizes: dict[Unit, int] = {}
+        text = self.path.read_text(encoding="utf-8")
+        for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
+            if None in row.values() or None in row:
+                continue
+            unit = Unit(**{name: _typed(Unit, name, row[name]) for name in UNIT})
+            result = Result(**{name: _typed(Result, name, row[name]) for name in RESULT})
+            if all(result.task != other.task for other in found[unit]):
+                found[unit].append(result)
+            sizes[unit] = int(row["rows"])
+        self.done = {unit: results for unit, results in found.items() if len(results) == sizes[unit]}
+
+    def add(self, unit: Unit, results: list[Result]) -> None:
+        """Append a unit's rows in one write."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        if not self.path.exists() or not self.path.stat().st_size:
+            writer.writerow(COLUMNS)
+        elif not self.path.read_bytes().endswith(b"\n"):
+            buffer.write("\n")  # ends the torn row of a run that was killed
+        writer.writerows([*astuple(unit), len(results), *astuple(result)] for result in results)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, buffer.getvalue().encode())
+        finally:
+            os.close(file)
+        self.done[unit] = results
+
+
+def _typed(cls: type, name: str, text: str) -> str | int | float:
+    kind = {field.name: field.type for field in fields(cls)}[name]
+    return {"str": str, "int": int, "float": float}[str(kind)](text)

@@ -1,0 +1,60 @@
+"""Runs all units in worker processes of one thread each; the parent alone writes results, so a kill loses little."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from statistics import fmean
+from typing import Optional
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .plan import Plan
+from .runs import Run, Source
+from .store import Result, Unit
+
+__all__ = ["run_all"]
+
+_run: Optional[Run] = None  # of a worker process
+
+
+def _start(source: Source) -> None:
+    import torch
+
+    global _run
+    torch.set_num_threads(1)
+    _run = Run(source)
+
+
+def _work(unit: Unit) -> list[Result]:
+    assert _run is not None
+    return _run.carry_out(unit)
+
+
+def run_all(plan: Plan, source: Source, workers: int, console: Console) -> None:
+    """Carry out what the plan still lacks; a unit's rows are written as soon as it is done."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    running: dict[Unit, Future[list[Result]]] = {}
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (source,))
+    with pool, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("units", total=len(plan.slots), completed=plan.done())
+        while True:
+            while len(running) < workers and (unit := plan.next(running)):
+                running[unit] = pool.submit(_work, unit)
+            if not running:
+                return
+            finished, _ = wait(running.values(), return_when=FIRST_COMPLETED)
+            for unit in [unit for unit, future in running.items() if future in finished]:
+                results = running.pop(unit).result()
+                plan.store.add(unit, results)
+                progress.console.print(_said(unit, results), markup=False)
+                progress.update(bar, completed=plan.done(), description=f"{unit.stage}, seed {unit.seed}")
+
+
+def _said(unit: Unit, results: list[Result]) -> str:
+    shots = f", {unit.shots} rows, draw {unit.draw}" if unit.shots else ""
+    mean = fmean(result.accuracy for result in results)
+    return f"{unit.stage}, seed {unit.seed}: {unit.line} [{unit.rates}]{shots}: {mean:.2f} ({results[0].seconds:g} s)"
