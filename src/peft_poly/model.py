@@ -204,9 +204,7 @@ class PolyModel(TaskVerbs, BaseTuner):
             ValueError: the adapter is to be trained, and 4-bit weights of the base model give no gradients any more.
         """
         if mode and self._trains:
-            let_gradients_pass(
-                self.model
-            )  # an adapter that was loaded for inference, and thawed, is here for the first time
+            let_gradients_pass(self.model)  # one that was loaded for inference, and thawed, is here for the first time
         return super().train(mode)
 
     def forward(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
