@@ -64,8 +64,8 @@ class TaskSampler(Sampler[int]):
     no row comes twice as long as another of its task has not come. `"proportional"` thus is each row once, shuffled.
 
     Order and choice depend on the seed and the epoch alone, so that all processes see the same; accelerate, and so the
-    `Trainer`, gives each its part of the batches. In a loop of your own call `set_epoch` before each epoch, as for torch's
-    `DistributedSampler`; of accelerate, only newer releases do it, and not for a loader that skips its first batches.
+    `Trainer`, gives each its part of the batches. In a loop of your own call `set_epoch` before each epoch, as for
+    torch's `DistributedSampler`; accelerate does it in newer releases only, and not for a loader that skips batches.
 
     Args:
         tasks: the task of each row of the data set, id or name, such as a column of it.
