@@ -40,6 +40,14 @@ class PolyLayer(BaseTunerLayer):
     With `h = n_splits` and `k = n_skills`, the tensors have the layout of PEFT's own Poly: `poly_lora_A`
     `(h, k, in_features // h, r)`, `poly_lora_B` `(h, k, r, out_features // h)`, `poly_router`'s `module_logits`
     `(n_tasks, h * k)`.
+
+    Args:
+        base_layer: the layer to adapt.
+        task_context: knows the task of each row; None: one of its own.
+        kwargs: how PEFT reads a quantised weight (`get_apply_tensor_subclass`).
+
+    Raises:
+        TypeError: the base layer is no linear layer.
     """
 
     training: bool
@@ -139,6 +147,11 @@ class PolyLayer(BaseTunerLayer):
         """Draw the parameters of an adapter anew; see `PolyConfig.init_weights`.
 
         With `init_weights` True or False the draws are those of PEFT's own Poly: one seed, equal parameters.
+
+        Args:
+            adapter_name: its name; nothing is done if the layer has no such adapter.
+            init_weights: as in `PolyConfig`.
+            reset_router: draw the router anew too.
         """
         if adapter_name not in self.poly_lora_A:
             return
@@ -163,7 +176,11 @@ class PolyLayer(BaseTunerLayer):
             return mix_A(w, A), mix_B(w, B)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable all adapters; disabling takes merged ones out of the weight at once."""
+        """Enable or disable all adapters.
+
+        Args:
+            enabled: False takes merged ones out of the weight at once.
+        """
         if not enabled and self.merged:
             with onload_layer(self):
                 self.unmerge()
@@ -174,12 +191,17 @@ class PolyLayer(BaseTunerLayer):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set the scale of an adapter to `scale * lora_alpha / r`."""
+        """Set the scale of an adapter to `scale * lora_alpha / r`.
+
+        Args:
+            adapter_name: its name; nothing is done if the layer has no such adapter.
+            scale: a plain number.
+        """
         if adapter_name in self.scaling:
             self.scaling[adapter_name] = scale * self.lora_alpha[adapter_name] / self.r[adapter_name]
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters by `scale`."""
+        """Multiply the scale of the active adapters by `scale`, a plain number."""
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
@@ -203,6 +225,9 @@ class Linear(nn.Module, PolyLayer):
         adapter_name: name of its first adapter.
         poly_config: settings of that adapter.
         task_context: knows the task of each row; shared by the layers of a model.
+        router: a router shared with other layers; one of its own is made if None.
+        layer_name: name of the layer, for messages.
+        kwargs: how PEFT reads a quantised weight (`get_apply_tensor_subclass`).
 
     Raises:
         TypeError: the base layer is no linear layer.
