@@ -8,6 +8,7 @@ from . import compat
 compat.check_peft()
 compat.add_peft_type()
 
+from .choosing import use_task  # noqa: E402
 from .collator import DataCollatorWithTaskIds  # noqa: E402
 from .config import PolyConfig  # noqa: E402
 from .conversion import convert_checkpoint  # noqa: E402
@@ -20,7 +21,6 @@ from .registration import register  # noqa: E402
 from .router import PolyRouter, Router, get_router  # noqa: E402
 from .sampling import TaskSampler, TaskSamplingMixin  # noqa: E402
 from .training import create_poly_optimizer  # noqa: E402
-from .verbs import use_task  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""What the fast paths must know of a base layer: whether anything watches it, and whose its output is."""
+"""What must be known of a base layer: whether it is linear, whether anything watches it, whose its output is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from torch import nn
 from torch.nn.modules import module as module_internals
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["PLAIN_TENSORS", "base_output", "frozen_product", "is_watched"]
+__all__ = ["PLAIN_TENSORS", "base_output", "frozen_product", "is_linear", "is_watched"]
 
 PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+
+
+def is_linear(base: nn.Module, backend: Any) -> bool:
+    """Whether a layer, with PEFT's quantisation backend for it or None, is one that can be adapted."""
+    return isinstance(base, (nn.Linear, Conv1D)) or getattr(backend, "layer_type", None) == "linear"
 
 
 def base_output(base: Any, x: torch.Tensor, args: Any, kwargs: Any) -> tuple[torch.Tensor, bool]:

@@ -28,10 +28,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import PolyConfig
-from .layer import PolyLayer, evaluating
+from .layer import PolyLayer
 from .model import PolyModel
 from .sharding import check_whole
 from .staging import staged
+from .states import evaluating
 from .task_ids import resolve_task
 
 __all__ = ["exact_targets", "export_lora", "folder_names", "vllm_command"]

@@ -11,10 +11,7 @@ For one task at eval this is exactly a LoRA of rank r, which is what merging res
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Optional, Union, cast
 
 import torch
@@ -23,11 +20,14 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_layers import is_linear
 from .config import PolyConfig
+from .initialisation import draw_skills
 from .merging import merge, unmerge
 from .mixing import mix_A, mix_B
 from .paths import choose_path
 from .router import Router, get_router
+from .states import evaluating, keep_requires_grad
 from .task_ids import TaskIds
 from .tasks import TaskContext, kept_in_generation
 
@@ -142,7 +142,6 @@ class PolyLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    @torch.no_grad()
     def reset_poly_parameters(self, adapter_name: str, init_weights: Any, reset_router: bool = True) -> None:
         """Draw the parameters of an adapter anew; see `PolyConfig.init_weights`.
 
@@ -155,15 +154,7 @@ class PolyLayer(BaseTunerLayer):
         """
         if adapter_name not in self.poly_lora_A:
             return
-        A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
-        if init_weights == "mhr":
-            A.uniform_(-1 / math.sqrt(3 * self.in_features), 1 / math.sqrt(3 * self.in_features))
-        else:
-            A.copy_(_uniform_like_linear(A.transpose(2, 3)).transpose(2, 3))
-        if init_weights:
-            B.zero_()
-        else:
-            B.copy_(_uniform_like_linear(B.transpose(2, 3)).transpose(2, 3))
+        draw_skills(self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name], init_weights)
         if reset_router:
             cast(Router, self.poly_router[adapter_name]).reset()
 
@@ -351,49 +342,9 @@ class Linear(nn.Module, PolyLayer):
         return "poly." + super().__repr__()
 
 
-@contextmanager
-def keep_requires_grad(layer: PolyLayer, adapter_name: str) -> Iterator[None]:
-    """Undo what re-assigning to a ParameterDict does: it makes every tensor trainable."""
-    names = [name for name in layer.adapter_layer_names if adapter_name in getattr(layer, name)]
-    before = {name: _first_parameter(getattr(layer, name)[adapter_name]).requires_grad for name in names}
-    try:
-        yield
-    finally:
-        for name, flag in before.items():
-            getattr(layer, name)[adapter_name].requires_grad_(flag)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Have `module` in eval mode, and put its mode back afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
-
-
-def is_linear(base: nn.Module, backend: Any) -> bool:
-    """Whether a layer, with PEFT's quantisation backend for it or None, is one that can be adapted."""
-    return isinstance(base, (nn.Linear, Conv1D)) or getattr(backend, "layer_type", None) == "linear"
-
-
-def _first_parameter(item: nn.Module | nn.Parameter) -> nn.Parameter:
-    return item if isinstance(item, nn.Parameter) else next(item.parameters())
-
-
 def _tensor_keys(adapter_name: str) -> dict[str, str]:
     return {
         "poly_lora_A": f"poly_lora_A.{adapter_name}",
         "poly_lora_B": f"poly_lora_B.{adapter_name}",
         "router": f"poly_router.{adapter_name}.module_logits",
     }
-
-
-def _uniform_like_linear(matrices: torch.Tensor) -> torch.Tensor:
-    """What `nn.Linear` draws for a weight `(n, fan_in)`, for each of `(h, k, n, fan_in)`, skills outermost."""
-    h, k, n, fan_in = matrices.shape
-    gain = nn.init.calculate_gain("leaky_relu", math.sqrt(5))
-    bound = math.sqrt(3.0) * (gain / math.sqrt(fan_in))
-    return matrices.new_empty(k, h, n, fan_in).uniform_(-bound, bound).transpose(0, 1)

@@ -13,15 +13,17 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from torch import nn
 
 from .call_weights import CallWeights
+from .choosing import task_contexts
 from .config import PolyConfig
 from .gradients import let_gradients_pass, warn_of_rounding
-from .layer import Linear, PolyLayer, keep_requires_grad
+from .layer import Linear, PolyLayer
 from .router import Router, get_router
 from .sharing import router_group, shared_router_keys
+from .states import keep_requires_grad
 from .targets import check_architecture, check_target
 from .task_ids import TaskIds, rows_of_call
 from .tasks import TaskContext, generation
-from .verbs import TaskVerbs, task_contexts
+from .verbs import TaskVerbs
 
 __all__ = ["PolyModel", "tuner_of"]
 

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import nn
 
-from .layer import is_linear
+from .base_layers import is_linear
 
 __all__ = ["check_architecture", "check_target"]
 

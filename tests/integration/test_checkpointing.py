@@ -40,7 +40,7 @@ def run(model: nn.Module, step, seed: int = 5) -> Grads:
     model = copy.deepcopy(model)
     torch.manual_seed(seed)
     step(model).backward()
-    for context in peft_poly.verbs.task_contexts(model):
+    for context in peft_poly.choosing.task_contexts(model):
         assert not context._notes
     return gradients(model)
 
