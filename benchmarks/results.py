@@ -124,12 +124,16 @@ def write_table(
     path: Path, name: str, rows: list[Row], about: dict[str, str], columns: list[str] | None = None
 ) -> None:
     """Replace what lies between `<!-- name -->` and `<!-- /name -->` in a Markdown file."""
-    head = columns or ["case", "settings", "base", *RATIOS, "difference", "bar"]
+    head = list(columns or ["case", "settings", "base", *RATIOS, "difference", "bar"])
     cells = [[str(row[column]) for column in columns] if columns else _cells(row) for row in rows]
+    common = ""
+    if not columns and len({line[1] for line in cells}) == 1:  # said once, above the table
+        common = f" All with {cells[0][1]}."
+        head, cells = [head[0], *head[2:]], [[line[0], *line[2:]] for line in cells]
     lines = [" | ".join(["", *line, ""]).strip() for line in (head, ["---"] * len(head), *cells)]
     loads = [row["load"] for row in rows if "load" in row]
     load = f", load {min(loads)} to {max(loads)}" if loads else ""
-    note = f"`{about['command']}`, {about['date']}, {about['machine']}{load}, torch {about['torch']}, one thread."
+    note = f"`{about['command']}`, {about['date']}, {about['machine']}{load}, torch {about['torch']}, one thread.{common}"
     text = path.read_text(encoding="utf-8")
     pattern = re.compile(f"(<!-- {name} -->).*?(<!-- /{name} -->)", re.S)
     if not pattern.search(text):

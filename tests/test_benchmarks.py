@@ -82,6 +82,7 @@ def test_the_program_writes_a_table_a_csv_that_grows_and_a_plot(tmp_path, monkey
     assert text.endswith("<!-- /speed -->\nafter\n")
     assert "old" not in text
     assert text.count("linear-256") == 2
+    assert text.count("r 2, 2 skills, 2 splits, 3 tasks") == 1  # said once, for all rows have the same
     with (tmp_path / "speed.csv").open(encoding="utf-8") as file:
         assert [row["mode"] for row in csv.DictReader(file)] == ["eval", "saved"] * 2
     assert (tmp_path / "speed.png").stat().st_size > 1000
