@@ -133,7 +133,8 @@ def write_table(
     lines = [" | ".join(["", *line, ""]).strip() for line in (head, ["---"] * len(head), *cells)]
     loads = [row["load"] for row in rows if "load" in row]
     load = f", load {min(loads)} to {max(loads)}" if loads else ""
-    note = f"`{about['command']}`, {about['date']}, {about['machine']}{load}, torch {about['torch']}, one thread.{common}"
+    note = f"`{about['command']}`, {about['date']}, {about['machine']}{load}, torch {about['torch']}, one thread."
+    note += common
     text = path.read_text(encoding="utf-8")
     pattern = re.compile(f"(<!-- {name} -->).*?(<!-- /{name} -->)", re.S)
     if not pattern.search(text):
