@@ -203,7 +203,9 @@ def sharding_trainer(folder: Path) -> dict[str, Any]:
     first.save_model(str(folder / "whole"))
     error = error_of(lambda: first.accelerator.unwrap_model(first.model).save_pretrained(folder / "sharded-error"))
     tasks = {"task_ids": ["rte", "boolq"], "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-    tokens = first.model_wrapped.eval().generate(input_ids=rows()[0]["input_ids"].repeat(2, 1), **tasks)
+    model = first.deepspeed if first.is_deepspeed_enabled else first.model_wrapped
+    model.eval()
+    tokens = model.generate(input_ids=rows()[0]["input_ids"].repeat(2, 1), **tasks)
     again = trainer(folder / "out", build(), **settings)
     again.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2"))
     again.save_model(str(folder / "resumed"))
