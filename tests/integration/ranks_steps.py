@@ -59,7 +59,7 @@ def trainer(folder: Path, model: nn.Module, **settings: Any) -> Trainer:
     defaults = {"use_cpu": True, "save_strategy": "no", "max_steps": STEPS}
     args = TrainingArguments(
         str(folder), per_device_train_batch_size=GLOBAL_BATCH // world, lr_scheduler_type="constant", logging_steps=1,
-        remove_unused_columns=False, report_to=[], disable_tqdm=True, seed=0, **{**defaults, **settings},
+        report_to=[], disable_tqdm=True, seed=0, **{**defaults, **settings},
     )  # fmt: skip
     return InOrder(model=model, args=args, train_dataset=rows())
 

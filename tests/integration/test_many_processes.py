@@ -6,10 +6,6 @@ in these tests alone. FSDP1 does not run on CPUs: `test_gpu.py`.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +16,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from processes import CONFIGS, DEEPSPEED, TORCHRUN, accelerate, launch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "examples" / "accelerate"
 HERE = Path(__file__).parent
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
-pytestmark = pytest.mark.processes
-
-
-def accelerate(config: str) -> list[str]:
-    options = ["--config_file", str(CONFIGS / config), "--num_processes", "2", "--main_process_port", "0"]
-    return ["-m", "accelerate.commands.launch", *options]
-
-
-def launch(launcher: list[str], *command: object, timeout: int = 200, gpus: bool = False) -> str:
-    """Run a script under a launcher; its output."""
-    paths = [str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    env |= {} if gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    line = [sys.executable, *launcher, *(str(part) for part in command)]
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("many_processes")]
 
 
 def results(folder: Path, step: str) -> list[dict[str, Any]]:
