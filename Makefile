@@ -43,7 +43,7 @@ serve: $(VENV)/.demo $(VENV)/.serve ## answer requests for the tasks of the demo
 	$(BIN)/python examples/serve.py outputs/multitask $(SERVE_ARGS)
 
 test: $(VENV)/.test ## run the tests, all but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
 
 quality: $(VENV)/.quality $(VENV)/.test ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -33,7 +33,8 @@ def save_pretrained(original: Callable, model: PeftModel, save_directory: str, *
     """`PeftModel.save_pretrained`, by way of a staging folder: a save that fails leaves the one before as it was.
 
     Raises:
-        ValueError: the adapter is sharded over processes, or `state_dict` lacks a part of it.
+        RuntimeError: `state_dict` lacks a part of the adapter.
+        ValueError: the adapter is sharded over processes.
     """
     call = inspect.signature(original).bind(save_directory, *args, **kwargs)
     call.apply_defaults()
@@ -125,7 +126,7 @@ def push_to_hub(
         The `huggingface_hub.CommitInfo` of the upload.
 
     Raises:
-        ValueError: as `save_pretrained`.
+        RuntimeError, ValueError: as `save_pretrained`.
     """
     _check_tensors(model, save_kwargs.get("selected_adapters"), save_kwargs.get("state_dict"))
     api = HfApi(token=token)

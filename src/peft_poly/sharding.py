@@ -55,19 +55,20 @@ def check_given(model: nn.Module, adapter: str, state_dict: Mapping[str, Any]) -
         state_dict: tensors by the names they have in `model`.
 
     Raises:
-        ValueError: tensors of the adapter are sharded, or missing.
+        RuntimeError: tensors of the adapter are sharded, or missing. No `ValueError`, which the first process of a
+            `Trainer` under DeepSpeed takes for another error, and then waits for the others for ever.
     """
     wanted = [name for name, _ in _tensors_of(model, adapter)]
     missing = [name for name in wanted if name not in state_dict]
     if missing:
-        raise ValueError(
+        raise RuntimeError(
             f"`state_dict` lacks {len(missing)} of the {len(wanted)} tensors of adapter {adapter!r}, such as "
             f"{missing[0]}. Names must be those of this model's `state_dict()`, and tensors that `train_router_only` "
             f"froze belong to it too. {GATHER}"
         )
     sharded = [name for name in wanted if hasattr(state_dict[name], "full_tensor")]
     if sharded:
-        raise ValueError(f"`state_dict` has a part of {sharded[0]} only: it is sharded. {GATHER}")
+        raise RuntimeError(f"`state_dict` has a part of {sharded[0]} only: it is sharded. {GATHER}")
 
 
 def _tensors_of(model: nn.Module, adapter: str) -> Iterable[tuple[str, torch.Tensor]]:

@@ -6,10 +6,6 @@ in these tests alone. FSDP1 does not run on CPUs: `test_gpu.py`.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +13,15 @@ import peft
 import pytest
 import ranks_steps
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from processes import CONFIGS, DEEPSPEED, TORCHRUN, accelerate, launch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "examples" / "accelerate"
 HERE = Path(__file__).parent
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
-pytestmark = pytest.mark.processes
-
-
-def accelerate(config: str) -> list[str]:
-    options = ["--config_file", str(CONFIGS / config), "--num_processes", "2", "--main_process_port", "0"]
-    return ["-m", "accelerate.commands.launch", *options]
-
-
-def launch(launcher: list[str], *command: object, timeout: int = 200, cwd: Path = ROOT) -> str:
-    """Run a script under a launcher; its output."""
-    paths = [str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    line = [sys.executable, *launcher, *(str(part) for part in command)]
-    done = subprocess.run(line, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("many_processes")]
 
 
 def results(folder: Path, step: str) -> list[dict[str, Any]]:
@@ -159,12 +140,15 @@ class Sharded:
 
     config: str
     kind: tuple[str, bool]
+    timeout = 200
+    gpus = False
 
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory) -> Path:
         folder = tmp_path_factory.mktemp(self.config)
-        command = [HERE / "on_cpus.py", HERE / "ranks_steps.py", "sharding_trainer", folder]
-        launch(accelerate(f"{self.config}.yaml"), *command, timeout=600 if self.config.startswith("zero") else 200)
+        command = [HERE / "ranks_steps.py", "sharding_trainer", folder]
+        command = command if self.gpus else [HERE / "on_cpus.py", *command]
+        launch(accelerate(f"{self.config}.yaml"), *command, timeout=self.timeout, gpus=self.gpus)
         return folder
 
     def test_the_trainer_trains_as_one_process_does(self, folder, one_process):
@@ -196,20 +180,59 @@ class TestFSDP2(Sharded):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)  # the first run compiles a part of DeepSpeed
 @DEEPSPEED
 class TestZeRO2(Sharded):
-    config, kind = "zero2", ("DEEPSPEED", False)
+    config, kind, timeout = "zero2", ("DEEPSPEED", False), 600
 
     def test_the_adapter_is_whole_on_every_rank(self, folder):
         assert results(folder, "sharding_trainer")[0]["error"] == "no error"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 @DEEPSPEED
 class TestZeRO3(Sharded):
-    config, kind = "zero3", ("DEEPSPEED", False)
+    config, kind, timeout = "zero3", ("DEEPSPEED", False), 600
 
     def test_saving_without_gathering_says_how(self, folder):
         for result in results(folder, "sharding_trainer"):
             assert "it is sharded by DeepSpeed ZeRO-3" in result["error"]
             assert "`stage3_gather_16bit_weights_on_model_save`" in result["error"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+class TestFSDP1(Sharded):
+    config, kind, gpus = "fsdp1", ("FSDP", False), True
+
+
+# ------------------------------------------------------------------------------------------------------------- configs
+KINDS = {"ddp": "MULTI_GPU", "fsdp1": "FSDP", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+
+def test_every_config_is_tested():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_accelerate_reads_the_config_and_knows_each_of_its_keys(name):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # raises for keys that it does not know
+    assert (config.distributed_type.value, config.num_processes, config.mixed_precision) == (KINDS[name], 2, "no")
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
+def test_the_settings_of_fsdp_are_ones_of_its_launcher(name):
+    options = {action.dest for action in launch_command_parser()._actions}
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["fsdp_config"]
+    assert settings.keys() <= options
+    assert settings["fsdp_version"] == int(name[-1])
+    assert settings["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_the_settings_of_deepspeed_are_ones_of_its_launcher(name):
+    options = {action.dest for action in launch_command_parser()._actions}
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["deepspeed_config"]
+    assert settings.keys() <= options
+    assert settings["zero_stage"] == int(name[-1])

@@ -356,7 +356,8 @@ def test_a_base_that_rounds_its_inputs_is_not_trained_without_a_warning(base_fol
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*rounds its input")
-        PeftModel.from_pretrained(load(), tmp_path)
+        loaded = PeftModel.from_pretrained(load(), tmp_path).eval()
+    assert loaded.generate(**inputs(), task_ids=TASKS, max_new_tokens=2, min_new_tokens=2).shape == (3, 8)
 
 
 # ---------------------------------------------------------------------------------------------- QLoRA from end to end

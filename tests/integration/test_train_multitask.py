@@ -13,6 +13,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from processes import DEEPSPEED, TORCHRUN, accelerate, launch
+from safetensors.torch import load_file
 from tiny import bert_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertModel, PreTrainedTokenizerFast
@@ -270,3 +272,64 @@ def test_a_task_without_rows_in_a_split_is_named(ranking, folders):
     tasks, _ = ranking.load_tasks(str(folders / "data"))
     with pytest.raises(ValueError, match="no row in the split 'validation': colour, pick"):
         ranking.rows_of(tasks, "validation")
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+ONE_BATCH = ["--model", "model", "--data", "data", "--max_steps", "3", "--batch_size", "4", "--router_noise", "False"]
+
+
+@pytest.fixture
+def one_process(script, folders, monkeypatch):
+    """The script in this process, without noise: its results, and the adapter."""
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(script, "reloaded_answers", lambda argv, args: None)  # that is tested above
+    with pytest.raises(SystemExit):
+        script.main([*ONE_BATCH, *SIZES, "--output_dir", "one"])
+    return outcome(folders / "one")
+
+
+def outcome(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return results, load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.processes
+@pytest.mark.xdist_group("train_multitask")
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "ddp",
+        pytest.param("torchrun", marks=pytest.mark.slow),
+        pytest.param("fsdp2", marks=pytest.mark.slow),
+        pytest.param("zero2", marks=[pytest.mark.slow, DEEPSPEED, pytest.mark.timeout(700)]),
+        pytest.param("zero3", marks=[pytest.mark.slow, DEEPSPEED, pytest.mark.timeout(700)]),
+    ],
+)
+def test_two_processes_come_to_what_one_comes_to(folders, one_process, launcher):
+    command = [EXAMPLES / "train_multitask.py", *ONE_BATCH, *SIZES, "--output_dir", folders / launcher]
+    command[2], command[4] = folders / "model", folders / "data"
+    if launcher not in ("ddp", "torchrun"):
+        command.insert(0, Path(__file__).with_name("on_cpus.py"))
+    start = [*TORCHRUN, "--"] if launcher == "torchrun" else accelerate(f"{launcher}.yaml")
+    output = launch(start, *command, timeout=600)
+    assert output.count("in a new process its answers are equal") == 1  # rank 0 alone speaks
+    (results, adapter), (wanted, wanted_adapter) = outcome(folders / launcher), one_process
+    assert results["accuracy"] == wanted["accuracy"]
+    assert results["reload_equal"] is True
+    assert adapter.keys() == wanted_adapter.keys()
+    for name, tensor in wanted_adapter.items():
+        torch.testing.assert_close(adapter[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(script, folders, monkeypatch):
+    monkeypatch.setattr(script, "PROCESSES", 3)
+    args = script.parse(["--batch_size", "4"])
+    with pytest.raises(SystemExit, match="--batch_size 4 cannot be shared by 3 processes"):
+        script.train(None, None, [], None, args, seed=0)
+
+
+def test_processes_that_do_not_find_each_other_are_noticed(script, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "PROCESSES", 2)
+    args = script.parse(["--batch_size", "4", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2 processes were started, but the Trainer sees 1"):
+        script.train(None, None, [], None, args, seed=0)
