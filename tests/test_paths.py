@@ -76,6 +76,16 @@ class TestChoice:
                 layer(x, task_ids=[0, 1])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_on_the_meta_device_shapes_go_through(training):
+    layer = make_layer().to("meta").train(training)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            out = layer(torch.empty(3, 4, IN, device="meta", dtype=torch.float64), task_ids=torch.tensor([0, 2, 0]))
+        assert out.is_meta
+        assert out.shape == (3, 4, OUT)
+
+
 # ----------------------------------------------------------------------------------------------- other people's tensors
 def hooked(layer, keep):
     return layer.base_layer.register_forward_hook(lambda module, args, out: keep.append((out, out.clone())))

@@ -12,6 +12,7 @@ For one task at eval this is exactly a LoRA of rank r, which is what merging res
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any, Optional, Union, cast
 
 import torch
@@ -161,7 +162,8 @@ class PolyLayer(BaseTunerLayer):
     def mixed_pair(self, adapter_name: str, task_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The low-rank pairs of tasks: `(b,) -> (b, in, r), (b, r, out)`, dtype of the adapter."""
         A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
-        with torch.autocast(A.device.type, enabled=False):  # the mix is small, and 1e-12 needs float32
+        no_cast = nullcontext() if A.is_meta else torch.autocast(A.device.type, enabled=False)
+        with no_cast:  # the mix is small, and 1e-12 needs float32
             router: Any = self.poly_router[adapter_name]
             w = router(task_ids).to(A.device)
             return mix_A(w, A), mix_B(w, B)

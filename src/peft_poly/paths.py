@@ -38,7 +38,9 @@ Path = Callable[["Linear", torch.Tensor, list[str], Optional[TaskBatch], int, tu
 
 def choose_path(layer: Linear, x: torch.Tensor, active: list[str]) -> Path:
     """The way to compute `layer(x)` with the adapters in `active`."""
-    if torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS:
+        return plain
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which refuses the meta device
         return plain
     if not layer.cast_input_dtype_enabled and any(x.dtype != layer.poly_lora_A[name].dtype for name in active):
         return plain  # the user wants no cast, and plain operations say so if they cannot do without
@@ -111,7 +113,8 @@ def tensors_of(layer: Linear, name: str) -> tuple[torch.Tensor, torch.Tensor, to
     A = modules["poly_lora_A"]._parameters.get(name)
     B = modules["poly_lora_B"]._parameters.get(name)
     logits = router._parameters.get("module_logits")
-    if A is None or B is None or logits is None:  # a wrapper such as FSDP keeps them elsewhere
+    if A is None or B is None or logits is None or type(router._parameters) is not dict:
+        # FSDP1 keeps them elsewhere; ZeRO-3's dictionaries gather what is asked for with `[]`, not with `get`
         return layer.poly_lora_A[name], layer.poly_lora_B[name], router.module_logits
     return A, B, logits
 
