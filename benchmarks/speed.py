@@ -33,7 +33,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=sorted(cases.SHAPES), help="only these")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of a case at most (default: 15)")
     parser.add_argument("--budget", type=float, help="seconds of a case after its third round (default: 30; quick: 8)")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of speed.csv and speed.png")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of speed.csv and the plot")
     parser.add_argument("--docs", type=Path, help="a Markdown file whose table is to be replaced")
     parser.add_argument("--no-save", action="store_true", help="only print")
     return parser.parse_args(argv)
@@ -67,9 +67,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     args.results.mkdir(parents=True, exist_ok=True)
     results.append_csv(args.results / "speed.csv", rows, about)
-    results.plot(args.results / "speed.png", rows)
+    name = "speed" if args.quick else "speed-all"
+    results.plot(args.results / f"{name}.png", rows)
     if args.docs:
-        results.write_table(args.docs, "speed", rows, about)
+        results.write_table(args.docs, name, rows, about)
 
 
 if __name__ == "__main__":
