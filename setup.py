@@ -17,14 +17,15 @@ EXTRAS = {
     "plot": ["matplotlib>=3.9", "scipy>=1.13"],
     "quality": ["mypy>=1.14", "ruff>=0.9"],
     "serve": ["fastapi>=0.115", "httpx>=0.27", "pydantic>=2.7", "uvicorn>=0.30"],  # for examples/serve.py
+    "train": ["datasets>=4.4", "trl>=0.24"],  # for the guides to the Trainer and to TRL
 }
 EXTRAS["test"] = [
     *EXTRAS["demo"],
     *EXTRAS["docs"],
     *EXTRAS["plot"],
     *EXTRAS["serve"],
+    *EXTRAS["train"],
     "bitsandbytes>=0.48",
-    "datasets>=4.4",
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "nbformat>=5.10",
@@ -35,7 +36,6 @@ EXTRAS["test"] = [
     "setuptools>=77",
     "torchao>=0.18",
     "transformers>=4.57,!=5.24.*",  # its own `add_adapter` refuses every released PEFT
-    "trl>=0.24",
 ]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from peft_poly import PolyConfig
 
 GENERATORS = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
+SERVED = ("FEATURE_EXTRACTION", *GENERATORS)
 REFUSALS = {
     404: {"description": "There is no such task; the message has the closest match."},
     503: {"description": "Too many requests wait, or the server is stopping. Try again."},
@@ -78,7 +79,7 @@ def create_app(service: Service, **batching: Any) -> FastAPI:
         return {"status": "ok"}
 
     @app.get("/stats")
-    async def stats() -> dict[str, float]:
+    async def stats() -> dict[str, int | float]:
         return {**asdict(batcher.stats), "waiting": batcher.waiting, "cpu_seconds": time.process_time()}
 
     return app
@@ -88,7 +89,7 @@ def load_service(args: argparse.Namespace) -> Service:
     """The adapter on its base model.
 
     Raises:
-        ValueError: the adapter is of another method or task type; files are missing.
+        ValueError: the adapter is of another method or task type, or names no base model; files are missing.
     """
     results = Path(args.adapter) / "results.json"
     trained = json.loads(results.read_text(encoding="utf-8"))["arguments"] if results.exists() else {}
@@ -97,6 +98,11 @@ def load_service(args: argparse.Namespace) -> Service:
     if not isinstance(config, PolyConfig):
         raise ValueError(f"{adapter} is an adapter of type {config.peft_type}; this script serves PEFT_POLY.")
     name = args.model or trained.get("model") or config.base_model_name_or_path
+    if config.task_type not in SERVED:
+        allowed = ", ".join(SERVED)
+        raise ValueError(f"{adapter} has the task type {config.task_type}; this script serves {allowed}.")
+    if not (name or results.exists()):  # what `train_multitask.py` wrote may leave it out, and means MiniLM
+        raise ValueError(f"The config of {adapter} names no base model. Pass --model with a Hub id or a folder.")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.task_type == "FEATURE_EXTRACTION":
         settings = Arguments(**{**trained, "model": "" if name == MINILM else name})
@@ -104,12 +110,9 @@ def load_service(args: argparse.Namespace) -> Service:
         model = PeftModel.from_pretrained(base, adapter).to(device)
         known = tasks_of_data(args.data or settings.data)
         return RankService(model, tokenizer, args.max_length or settings.max_length, settings.temperature, known)
-    if config.task_type in GENERATORS:
-        base = GENERATORS[config.task_type].from_pretrained(name, dtype="auto")
-        model = PeftModel.from_pretrained(base, adapter).to(device)
-        return GenerateService(model, AutoTokenizer.from_pretrained(name), args.max_length or 512, args.max_new_tokens)
-    served = ", ".join(["FEATURE_EXTRACTION", *GENERATORS])
-    raise ValueError(f"{adapter} has the task type {config.task_type}; this script serves {served}.")
+    base = GENERATORS[config.task_type].from_pretrained(name, dtype="auto")
+    model = PeftModel.from_pretrained(base, adapter).to(device)
+    return GenerateService(model, AutoTokenizer.from_pretrained(name), args.max_length or 512, args.max_new_tokens)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

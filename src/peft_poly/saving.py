@@ -192,7 +192,7 @@ mixed per task in {config.n_splits} split(s): {method}.
 
 ## How to load it
 
-It needs `pip install peft-poly`. The import registers the method with PEFT; without it PEFT stops with \
+It needs the Python package `peft-poly`. Importing it registers the method with PEFT; without it PEFT stops with \
 `KeyError: 'PEFT_POLY'`.
 
 ```python

@@ -157,6 +157,7 @@ class TestRanking:
         responses, stats = post_all(app, "/rank", RANKED)
         assert stats.pop("cpu_seconds") > 0
         assert stats == {"answered": 6, "refused": 0, "batches": 1, "kinds": 3, "waiting": 0}
+        assert all(isinstance(count, int) for count in stats.values())
         for response, body in zip(responses, RANKED, strict=True):
             wanted = naive_ranking(folders, body)
             assert response.status_code == 200
@@ -346,6 +347,15 @@ class TestLoading:
     def test_an_adapter_that_this_cannot_serve_is_refused(self, serve, tmp_path):
         peft.get_peft_model(llama(), PolyConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
         with pytest.raises(SystemExit, match="task type None; this script serves FEATURE_EXTRACTION, CAUSAL_LM"):
+            serve.main([str(tmp_path)])
+
+    @pytest.mark.parametrize("task_type", ["FEATURE_EXTRACTION", "CAUSAL_LM"])
+    def test_an_adapter_that_names_no_base_model_asks_for_one(self, serve, tmp_path, task_type):
+        base = BertModel(bert_config()) if task_type == "FEATURE_EXTRACTION" else llama()
+        model = peft.get_peft_model(base, PolyConfig(task_type=task_type, target_modules="all-linear", n_tasks=2))
+        model.save_pretrained(tmp_path)
+        message = r"^error: The config of \S+ names no base model\. Pass --model with a Hub id or a folder\.$"
+        with pytest.raises(SystemExit, match=message):
             serve.main([str(tmp_path)])
 
     def test_a_folder_without_an_adapter_is_an_error_and_no_traceback(self, serve, tmp_path):
