@@ -16,17 +16,19 @@ __all__ = ["create_poly_optimizer", "poly_parameter_groups"]
 def poly_parameter_groups(
     model: nn.Module, *, lr: float, router_lr: float = 0.1, weight_decay: Optional[float] = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimizer: `adapters`, `router` and `modules_to_save`.
+    """Parameter groups for any torch optimizer: `adapters`, `router`, `modules_to_save` and `no_decay`.
+
+    `modules_to_save` has all other matrices that train, heads for instance, and `no_decay` all other vectors: biases, norms.
 
     The papers train the router at 0.1 and the skills at 1e-3: with one rate for both the router hardly leaves uniform.
     The router has no weight decay, so that the row of a task that is absent from the data stays as it is.
 
     Args:
         model: a model with task-routed layers. Parameters that do not require a gradient are left out.
-        lr: learning rate of the skills and of `modules_to_save`.
+        lr: learning rate of all groups but the router's.
         router_lr: learning rate of the router rows.
-        weight_decay: of the skills and of matrices in `modules_to_save`; vectors (biases, norms) have none. None: the
-            optimizer's own default.
+        weight_decay: of `adapters` and `modules_to_save`; the router and `no_decay` have none. None: the optimizer's
+            own default.
 
     Returns:
         The groups that are not empty, each with its `name`. Also fit for `Trainer(optimizer_cls_and_kwargs=(cls,
@@ -78,7 +80,7 @@ def create_poly_optimizer(
     Args:
         model: a model with task-routed layers.
         optimizer_cls: any torch optimizer class.
-        lr: learning rate of the skills and of `modules_to_save`.
+        lr: learning rate of everything but the router.
         router_lr: learning rate of the router rows.
         weight_decay: of everything but the router and vectors; None for the optimizer's default.
         kwargs: further arguments of `optimizer_cls`.
