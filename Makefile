@@ -50,7 +50,7 @@ quality: $(VENV)/.quality $(VENV)/.test ## check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-style: $(VENV)/.quality ## mend format and style where ruff can
+style: $(VENV)/.quality ## fix format and style where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -92,7 +92,16 @@ class TestDistributions:
         assert metadata["License-Expression"] == "Apache-2.0"
         assert metadata["Description-Content-Type"] == "text/markdown"
         assert metadata.get_payload().strip() == README.strip()
-        assert set(metadata.get_all("Provides-Extra")) == {"demo", "dev", "docs", "plot", "quality", "serve", "test", "train"}
+        assert set(metadata.get_all("Provides-Extra")) == {
+            "demo",
+            "dev",
+            "docs",
+            "plot",
+            "quality",
+            "serve",
+            "test",
+            "train",
+        }
 
     def test_it_can_be_installed_on_the_pythons_that_ci_runs(self, metadata):
         allowed = SpecifierSet(metadata["Requires-Python"])

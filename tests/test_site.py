@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,12 @@ def test_the_diagram_is_what_its_script_draws():
     assert drawn.stdout == (images / "how-routing-works.svg").read_text(encoding="utf-8")
 
 
+def test_the_pictures_of_the_routing_are_those_of_the_notebook():
+    images = ROOT / "docs/images"
+    drawn = dict(runpy.run_path(str(images / "from_the_tour.py"))["pictures"]())
+    assert drawn == {name: (images / name).read_bytes() for name in ("heat-map.png", "dendrogram.png")}
+
+
 @pytest.fixture(scope="session")
 def address(site):
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -273,4 +280,11 @@ class TestInABrowser:
         )
         assert len(sizes) >= 8
         assert min(sizes) > 5
+        for width in (WIDE, PHONE):
+            resize(browser, width)
+            cut = browser.execute_script(
+                "const boxes = [...document.querySelectorAll('div.math')];"
+                "return boxes.filter(box => box.scrollHeight > box.clientHeight).length;"
+            )
+            assert cut == 0
         assert "mfrac" in browser.execute_script("return document.querySelector('article').innerHTML")

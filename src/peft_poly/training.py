@@ -18,7 +18,8 @@ def poly_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: `adapters`, `router`, `modules_to_save` and `no_decay`.
 
-    `modules_to_save` has all other matrices that train, heads for instance, and `no_decay` all other vectors: biases, norms.
+    `modules_to_save` has all other matrices that train, heads for instance, and `no_decay` all other vectors that do:
+    biases, norms.
 
     The papers train the router at 0.1 and the skills at 1e-3: with one rate for both the router hardly leaves uniform.
     The router has no weight decay, so that the row of a task that is absent from the data stays as it is.
