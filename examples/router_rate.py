@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2000, help="training steps (default: 2000)")
     parser.add_argument("--every", type=int, default=50, help="steps between measurements (default: 50)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
-    parser.add_argument("--plot", type=Path, help="where to draw the curves; needs `pip install peft-poly[plot]`")
+    parser.add_argument("--plot", type=Path, help="where to draw the curves; needs matplotlib")
     args = parser.parse_args(argv)
     moments = [args.steps // args.every * part // 8 for part in (1, 4, 8)]  # early, half way, at the end
     table = Table(title=f"Distance from uniform, mean of {len(args.seeds)} seed(s)")
