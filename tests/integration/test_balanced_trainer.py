@@ -98,5 +98,5 @@ def test_what_sampling_by_task_cannot_serve_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`task_balance` and `.*group_by_length.*both say the order"):
         balanced(tmp_path, unequal(), **grouped)
     bare, _ = balanced(tmp_path, [{"input_ids": [3], "labels": [3]}])
-    with pytest.raises(ValueError, match="Row 0 of the data set has neither a `task`"):
+    with pytest.raises(ValueError, match="Row 0 of the data set has neither a column `task`"):
         bare.train()
