@@ -153,6 +153,7 @@ def tasks_of(dataset: Any) -> list[Union[int, str]]:
     Raises:
         ValueError: a row has neither column, or None in it.
     """
+    rows: list[Mapping[str, Any]]
     if getattr(dataset, "column_names", None) is not None:
         check_columns(dataset.column_names)
         columns = {column: list(dataset[column]) for column in TASK_COLUMNS if column in dataset.column_names}

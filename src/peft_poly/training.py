@@ -16,7 +16,7 @@ __all__ = ["create_poly_optimizer", "poly_parameter_groups"]
 def poly_parameter_groups(
     model: nn.Module, *, lr: float, router_lr: float = 0.1, weight_decay: Optional[float] = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimizer: `adapters`, `router` and `modules_to_save`.
+    """Parameter groups for any torch optimizer: `adapters`, `router`, `modules_to_save` and `no_decay`.
 
     The papers train the router at 0.1 and the skills at 1e-3: with one rate for both the router hardly leaves uniform.
     The router has no weight decay, so that the row of a task that is absent from the data stays as it is.
@@ -25,12 +25,12 @@ def poly_parameter_groups(
         model: a model with task-routed layers. Parameters that do not require a gradient are left out.
         lr: learning rate of the skills and of `modules_to_save`.
         router_lr: learning rate of the router rows.
-        weight_decay: of the skills and of matrices in `modules_to_save`; vectors (biases, norms) have none. None: the
-            optimizer's own default.
+        weight_decay: of the skills and of matrices in `modules_to_save`; vectors (biases, norms), the group
+            `no_decay`, have none. None: the optimizer's own default.
 
     Returns:
-        The groups that are not empty, each with its `name`. Also fit for `Trainer(optimizer_cls_and_kwargs=(cls,
-        {"params": groups, "lr": lr}))`.
+        The groups that are not empty, in the order above, each with its `name`; a `Trainer` logs the rate of the first.
+        Also fit for `Trainer(optimizer_cls_and_kwargs=(cls, {"params": groups, "lr": lr}))`.
 
     Raises:
         ValueError: the model has no task-routed layer, or nothing to train.
@@ -71,13 +71,13 @@ def create_poly_optimizer(
     weight_decay: Optional[float] = None,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
-    """An optimizer whose router learns at a rate of its own; see `poly_parameter_groups`.
+    """An optimizer whose router learns at a rate of its own; see `peft_poly.training.poly_parameter_groups`.
 
     Pass it to a `Trainer` as `optimizers=(optimizer, None)`.
 
     Args:
         model: a model with task-routed layers.
-        optimizer_cls: any torch optimizer class.
+        optimizer_cls: any torch optimizer class, such as `torch.optim.AdamW`.
         lr: learning rate of the skills and of `modules_to_save`.
         router_lr: learning rate of the router rows.
         weight_decay: of everything but the router and vectors; None for the optimizer's default.
@@ -85,6 +85,7 @@ def create_poly_optimizer(
 
     Raises:
         ValueError: the model has no task-routed layer, or nothing to train.
+        TypeError: `optimizer_cls` is a name or an optimizer, not a class.
 
     Example:
 
@@ -99,5 +100,7 @@ def create_poly_optimizer(
 
     ```
     """
+    if not callable(optimizer_cls):
+        raise TypeError(f"optimizer_cls must be a class, such as torch.optim.AdamW, got {optimizer_cls!r}.")
     groups = poly_parameter_groups(model, lr=lr, router_lr=router_lr, weight_decay=weight_decay)
     return optimizer_cls(groups, lr=lr, **kwargs)
