@@ -119,7 +119,7 @@ def test_rows_of_several_tasks_cannot_be_flattened_into_one():
         ([row(task_ids=True)], r"task_ids=True\. It must be one integer"),
         ([row(task_ids=[0, 1])], r"task_ids=\[0, 1\]\. It must be one integer"),
         ([row("rte", task_ids=1)], r"Row 0 of the batch has task='rte' but task_ids=1, which is 'sst2'\. Keep one"),
-        ([row("rte"), row()], r"Row 1 of the batch has neither a `task`.* nor `task_ids`.*It has: input_ids\."),
+        ([row("rte"), row()], r"Row 1 of the batch has neither a column `task`.* nor `task_ids`.*It has: input_ids\."),
         ([row("rte"), row(task_ids=1)], r"row 0 has `task` and row 1 has `task_ids`"),
         ([row("rte", task_ids=0), row("rte")], r"row 0 has `task_ids` and `task` and row 1 has `task`"),
     ],
@@ -134,6 +134,41 @@ def test_a_name_needs_names_and_an_id_does_not():
         DataCollatorWithTaskIds()([row("rte")])
     assert DataCollatorWithTaskIds()([row(task_ids=7)])["task_ids"].tolist() == [7]
     assert DataCollatorWithTaskIds()([row("any", task_ids=7)])["task_ids"].tolist() == [7]
+
+
+@pytest.mark.parametrize("name", ["tasks", "task_name", "task_id", "Task"])
+def test_a_column_under_another_name_is_suggested(name):
+    match = rf"It has: input_ids, {name}\. Is it in `{name}`\? Rename that column to `task` \(names\) or `task_ids`"
+    with pytest.raises(ValueError, match=match):
+        DataCollatorWithTaskIds(task_names=TASKS)([row(**{name: "rte"})])
+    with pytest.raises(ValueError, match=match):
+        tasks_of(datasets.Dataset.from_list([row(**{name: "rte"})]))
+
+
+def test_a_task_of_none_is_not_a_missing_column():
+    with pytest.raises(ValueError, match=r"Row 0 of the batch has no task: None stands in `task`\. The row: input_ids"):
+        DataCollatorWithTaskIds(task_names=TASKS)([{**row(), "task": None}])
+    found = [row("rte", task_ids=None), row(None, task_ids=None)]
+    with pytest.raises(ValueError, match=r"Row 1 of the data set has no task: None stands in `task_ids` and `task`"):
+        tasks_of(datasets.Dataset.from_list([found[0], {**found[1], "task": None}]))
+    assert tasks_of(datasets.Dataset.from_list(found[:1])) == ["rte"]
+
+
+def test_the_message_about_a_row_shows_a_little_of_it():
+    long = {"input_ids": list(range(10**5)), "note": "claim 17", "labels": torch.zeros(50, 50), "task": "xyz"}
+    with pytest.raises(ValueError, match="The row: input_ids=") as caught:
+        DataCollatorWithTaskIds(task_names=TASKS)([long])
+    shown = str(caught.value).partition("The row: ")[2]
+    assert len(shown) <= 80
+    assert shown.startswith("input_ids=[0, 1, 2, 3, 4, 5, 6,..., note='claim 17', labels=tensor([[0.")
+    assert "\n" not in shown
+
+
+@pytest.mark.parametrize("given", [TASKS, 7, "rte"])
+def test_a_collator_that_cannot_be_called_is_refused(given):
+    match = r"The collator must be a function or object that makes a batch.*got .*`DataCollatorWithTaskIds\(task_names="
+    with pytest.raises(TypeError, match=match):
+        DataCollatorWithTaskIds(given)
 
 
 def test_what_is_no_row_no_batch_or_no_list_of_names_is_refused():
@@ -153,7 +188,9 @@ def test_the_tasks_of_a_data_set_are_those_of_its_rows():
         assert tasks_of(found) == expected
         assert tasks_of(datasets.Dataset.from_list(found)) == expected
     assert tasks_of([row(task_ids=torch.tensor(2))]) == [2]
-    with pytest.raises(ValueError, match=r"Row 1 of the data set has neither a `task`"):
+    with pytest.raises(ValueError, match=r"Row 1 of the data set has neither a column `task`"):
         tasks_of([row("rte"), row()])
-    with pytest.raises(ValueError, match=r"neither a column `task` nor `task_ids`\. It has: input_ids\."):
+    with pytest.raises(
+        ValueError, match=r"The data set has neither a column `task`.* nor `task_ids`.* It has: input_ids\."
+    ):
         tasks_of(datasets.Dataset.from_list([row()]))

@@ -102,3 +102,18 @@ def test_settings_that_tear_the_rows_apart_are_refused():
     metrics.check_arguments(SimpleNamespace(eval_do_concat_batches=True))
     with pytest.raises(ValueError, match="Set `eval_do_concat_batches=True`"):
         metrics.check_arguments(SimpleNamespace(eval_do_concat_batches=False))
+
+
+def test_a_function_that_returns_no_metrics_by_name_is_refused():
+    metrics = PerTaskMetrics(lambda p: 0.5, TASKS)
+    with pytest.raises(
+        TypeError, match=r"must return metrics by name, such as \{'accuracy': 0\.5\}, got 0\.5, a float"
+    ):
+        metrics(EvalPrediction(HITS, LABELS), task_ids=IDS)
+
+
+def test_what_is_no_function_and_no_list_of_names_is_refused():
+    with pytest.raises(TypeError, match="compute_metrics must be a function of an EvalPrediction, got 'accuracy'"):
+        PerTaskMetrics("accuracy", TASKS)
+    with pytest.raises(ValueError, match="task_names must be a list of names, got the one string 'rte'"):
+        PerTaskMetrics(accuracy, "rte")

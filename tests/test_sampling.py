@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader
+from transformers import Trainer
 
-from peft_poly import TaskSampler
+from peft_poly import TaskSampler, TaskSamplingMixin
 from peft_poly.sampling import task_probabilities
 
 SIZES = {"big": 60, "mid": 25, "small": 3}
@@ -155,3 +156,19 @@ def test_no_rows_and_no_samples_are_refused():
         task_probabilities([3, 0])
     with pytest.raises(ValueError, match="num_samples must be 1 or more, got 0"):
         TaskSampler(ROWS, num_samples=0)
+
+
+@pytest.mark.parametrize("balance", ["2", "2.0"])
+def test_a_temperature_in_quotes_is_refused_with_a_hint(balance):
+    with pytest.raises(ValueError, match=rf"got '{balance}', a string; a temperature is a number\. 1 is proportional"):
+        task_probabilities([1, 2], balance)
+
+
+def test_the_mixin_comes_before_the_trainer():
+    class Logging:
+        pass
+
+    with pytest.raises(TypeError, match=r"must come before Trainer: `class Wrong\(TaskSamplingMixin, Trainer\)`\."):
+        type("Wrong", (Trainer, TaskSamplingMixin), {})
+    right = type("Right", (Logging, TaskSamplingMixin, Trainer), {})
+    type("Further", (right, Trainer), {})

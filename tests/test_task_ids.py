@@ -8,7 +8,7 @@ import torch
 from tiny import TASKS
 
 from peft_poly import PolyConfig
-from peft_poly.task_ids import resolve_task, resolve_tasks, rows_of_call
+from peft_poly.task_ids import no_task_message, resolve_task, resolve_tasks, rows_of_call
 
 NAMED = PolyConfig(task_names=TASKS)
 NUMBERED = PolyConfig(n_tasks=3)
@@ -241,3 +241,9 @@ ROWS = {
 @pytest.mark.parametrize(("args", "kwargs", "expected"), ROWS.values(), ids=ROWS.keys())
 def test_the_rows_of_a_call_are_counted(args, kwargs, expected):
     assert rows_of_call(args, kwargs) == expected
+
+
+def test_the_message_about_no_task_says_how_rows_of_a_trainer_bring_theirs():
+    message = no_task_message(NAMED, "default")
+    assert "adapter 'default' has 3 of them (rte, sst2, boolq). Pass `task_ids=`" in message
+    assert message.endswith("In a Trainer, the rows' `task` reaches the model through `DataCollatorWithTaskIds`.")

@@ -267,3 +267,9 @@ def test_an_optimizer_made_after_the_growth_trains_the_new_row():
     for old, new in zip(before, logits_of_routers(model), strict=True):
         assert torch.equal(old[:3], new[:3])
         assert not torch.equal(old[3], new[3])
+
+
+@pytest.mark.parametrize("given", ["adamw", None, 7])
+def test_an_optimizer_that_is_no_class_is_refused(given):
+    with pytest.raises(TypeError, match=r"optimizer_cls must be a class, such as torch\.optim\.AdamW, got"):
+        create_poly_optimizer(adapted("mlp"), given, lr=1e-3)

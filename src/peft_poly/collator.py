@@ -32,7 +32,7 @@ class DataCollatorWithTaskIds:
         ValueError: a row has no task, an unknown one (the message has the row, and the nearest name), two that differ,
             or another column than the rows before it; or the batch has not one row for each row of the data set, as
             after packing, and not one task for all of them.
-        TypeError: rows or the batch are no mappings.
+        TypeError: the collator cannot be called; rows or the batch are no mappings.
 
     Example:
 
@@ -51,6 +51,11 @@ class DataCollatorWithTaskIds:
     ) -> None:
         if isinstance(collator, DataCollatorWithTaskIds):
             raise ValueError("The collator is a DataCollatorWithTaskIds already. Pass the one inside of it.")
+        if collator is not None and not callable(collator):
+            raise TypeError(
+                f"The collator must be a function or object that makes a batch of a list of rows, got {collator!r}. "
+                "Names go into `task_names`: `DataCollatorWithTaskIds(task_names=model.task_names)`."
+            )
         if isinstance(task_names, str):
             raise ValueError(f"task_names must be a list of names, got the one string {task_names!r}.")
         self.collator = default_data_collator if collator is None else collator
@@ -59,14 +64,14 @@ class DataCollatorWithTaskIds:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
         """The batch of the wrapped collator, with `task_ids`."""
         rows = [_as_mapping(row, index) for index, row in enumerate(features)]
-        columns = [_columns_of(row, index) for index, row in enumerate(rows)]
+        columns = [_columns_of(row, f"Row {index} of the batch") for index, row in enumerate(rows)]
         for index, found in enumerate(columns):
             if found != columns[0]:
                 raise ValueError(
                     f"All rows of a batch must say their task in the same way, but row 0 has "
                     f"{_listed(columns[0])} and row {index} has {_listed(found)}."
                 )
-        ids = torch.tensor([self._task_id(row, index) for index, row in enumerate(rows)], dtype=torch.long)
+        ids = torch.tensor([self._task_id_of(row, index) for index, row in enumerate(rows)], dtype=torch.long)
         batch = self.collator([{k: v for k, v in row.items() if k not in TASK_COLUMNS} for row in rows])
         if not isinstance(batch, Mapping):
             raise TypeError(f"The collator must return a mapping, such as a dict, got {type(batch).__name__}.")
@@ -77,6 +82,12 @@ class DataCollatorWithTaskIds:
         if name.startswith("__") or "collator" not in vars(self):  # while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self.collator, name)
+
+    def _task_id_of(self, row: Mapping[str, Any], index: int) -> int:
+        try:
+            return self._task_id(row, index)
+        except ValueError as error:  # rows were shuffled, so the number alone finds none
+            raise ValueError(f"{error} {_preview(row)}") from None
 
     def _task_id(self, row: Mapping[str, Any], index: int) -> int:
         if row.get("task_ids") is None:
@@ -140,20 +151,26 @@ def tasks_of(dataset: Any) -> list[Union[int, str]]:
         dataset: a `datasets.Dataset`, or a map-style data set whose rows are mappings; all rows of it are read.
 
     Raises:
-        ValueError: a row has neither column.
+        ValueError: a row has neither column, or None in it.
     """
-    names = getattr(dataset, "column_names", None)
-    if names is not None:
-        for column in TASK_COLUMNS:
-            if column in names:
-                return list(dataset[column])
-        raise ValueError(f"The data set has neither a column `task` nor `task_ids`. It has: {', '.join(names)}.")
+    rows: list[Mapping[str, Any]]
+    if getattr(dataset, "column_names", None) is not None:
+        check_columns(dataset.column_names)
+        columns = {column: list(dataset[column]) for column in TASK_COLUMNS if column in dataset.column_names}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    else:
+        rows = [_as_mapping(dataset[index], index) for index in range(len(dataset))]
     tasks = []
-    for index in range(len(dataset)):
-        row = _as_mapping(dataset[index], index)
-        task = row[_columns_of(row, index, "the data set")[0]]
+    for index, row in enumerate(rows):
+        task = row[_columns_of(row, f"Row {index} of the data set")[0]]
         tasks.append(task.item() if hasattr(task, "item") else task)
     return tasks
+
+
+def check_columns(names: Sequence[str]) -> None:
+    """Raise `ValueError` if there is no task column among the names of a data set's columns."""
+    if not set(TASK_COLUMNS) & set(names):
+        raise ValueError(f"The data set {_without_task(names)}")
 
 
 def _as_mapping(row: Any, index: int) -> Mapping[str, Any]:
@@ -164,14 +181,30 @@ def _as_mapping(row: Any, index: int) -> Mapping[str, Any]:
     raise TypeError(f"Rows must be mappings of columns, such as dicts, but row {index} is a {type(row).__name__}.")
 
 
-def _columns_of(row: Mapping[str, Any], index: int, where: str = "the batch") -> tuple[str, ...]:
+def _columns_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     found = tuple(column for column in TASK_COLUMNS if row.get(column) is not None)
     if not found:
-        raise ValueError(
-            f"Row {index} of {where} has neither a `task`, which is a name, nor `task_ids`, an id. It has: "
-            f"{', '.join(map(str, row))}."
-        )
+        empty = tuple(column for column in TASK_COLUMNS if column in row)
+        if empty:
+            raise ValueError(f"{where} has no task: None stands in {_listed(empty)}. {_preview(row)}")
+        raise ValueError(f"{where} {_without_task(list(map(str, row)))} {_preview(row)}")
     return found
+
+
+def _without_task(names: Sequence[str]) -> str:
+    near = [name for name in names if "task" in name.casefold()]
+    hint = f" Is it in `{near[0]}`? Rename that column to `task` (names) or `task_ids` (ids)." if near else ""
+    return f"has neither a column `task`, which is a name, nor `task_ids`, an id. It has: {', '.join(names)}.{hint}"
+
+
+def _preview(row: Mapping[str, Any]) -> str:
+    """The row, cut short, to find it by in a data set."""
+    cells = [f"{name}={_cut(' '.join(repr(value).split()), 24)}" for name, value in row.items()]
+    return f"The row: {_cut(', '.join(cells), 80)}"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _listed(columns: tuple[str, ...]) -> str:

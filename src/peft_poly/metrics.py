@@ -26,8 +26,10 @@ class PerTaskMetrics:
         table: `{task: {metric: value}}` of the last evaluation; empty before.
 
     Raises:
-        ValueError: (when called) the ids are missing, not as many as rows, or beyond the names; two metrics would get
-            the same name; the trainer's `eval_do_concat_batches` is off (its `batch_eval_metrics` it refuses itself).
+        TypeError: `compute_metrics` cannot be called, or (when called) returns no mapping.
+        ValueError: `task_names` is one string; (when called) the ids are missing, not as many as rows, or beyond the
+            names; two metrics would get the same name; the trainer's `eval_do_concat_batches` is off (its
+            `batch_eval_metrics` it refuses itself).
 
     Example:
 
@@ -54,6 +56,10 @@ class PerTaskMetrics:
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]],
         task_names: Optional[Sequence[str]] = None,
     ) -> None:
+        if not callable(compute_metrics):
+            raise TypeError(f"compute_metrics must be a function of an EvalPrediction, got {compute_metrics!r}.")
+        if isinstance(task_names, str):
+            raise ValueError(f"task_names must be a list of names, got the one string {task_names!r}.")
         self.compute_metrics = compute_metrics
         self.task_names = None if task_names is None else list(task_names)
         self.table: dict[str, dict[str, Any]] = {}
@@ -71,9 +77,9 @@ class PerTaskMetrics:
         n_rows = _n_rows(prediction.predictions)
         if len(task_ids) != n_rows:
             raise ValueError(f"There are {len(task_ids)} task ids for {n_rows} predictions; one per row is needed.")
-        metrics = dict(self.compute_metrics(prediction))
+        metrics = self._measured(prediction)
         self.table = {
-            self._name(task): dict(self.compute_metrics(_rows(prediction, np.flatnonzero(task_ids == task))))
+            self._name(task): self._measured(_rows(prediction, np.flatnonzero(task_ids == task)))
             for task in np.unique(task_ids).tolist()
         }
         for name, row in self.table.items():
@@ -103,6 +109,15 @@ class PerTaskMetrics:
         """Raise `ValueError` for `TrainingArguments` under which the rows do not come together in one call."""
         if not args.eval_do_concat_batches:
             raise ValueError("PerTaskMetrics needs all rows at once. Set `eval_do_concat_batches=True`.")
+
+    def _measured(self, prediction: EvalPrediction) -> dict[str, Any]:
+        found = self.compute_metrics(prediction)
+        if not isinstance(found, Mapping):
+            raise TypeError(
+                f"compute_metrics must return metrics by name, such as {{'accuracy': 0.5}}, got {found!r}, a "
+                f"{type(found).__name__}."
+            )
+        return dict(found)
 
     def _name(self, task: int) -> str:
         if self.task_names is None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union, cast
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Sampler
 from transformers import TrainerCallback
 
-from .collator import tasks_of
+from .collator import DataCollatorWithTaskIds, tasks_of
+from .config import PolyConfig
+from .model import tuner_of
+from .task_ids import resolve_task
 
 __all__ = ["Balance", "TaskSampler", "TaskSamplingMixin", "task_probabilities"]
 
@@ -46,8 +49,9 @@ def task_probabilities(sizes: Sequence[int], balance: Balance = "proportional") 
     """
     temperature = 1.0 if balance == "proportional" else math.inf if balance == "uniform" else balance
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
+        hint = ", a string; a temperature is a number" if isinstance(balance, str) else ""
         raise ValueError(
-            f'The balance must be "proportional", "uniform" or a temperature above 0, got {balance!r}. '
+            f'The balance must be "proportional", "uniform" or a temperature above 0, got {balance!r}{hint}. '
             "1 is proportional; the higher, the more uniform."
         )
     if not len(sizes) or min(sizes) < 1:
@@ -154,7 +158,9 @@ class TaskSamplingMixin(_Trainer):
 
     Raises:
         ValueError: `task_balance` is not fit; the training data is a stream, or has no task column; the trainer is
-            told to order rows itself (`group_by_length` and the like).
+            told to order rows itself (`group_by_length` and the like); (in training) a row's task is unknown to the
+            model.
+        TypeError: the trainer class stands before the mixin.
 
     Example:
 
@@ -167,6 +173,16 @@ class TaskSamplingMixin(_Trainer):
 
     ```
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        mixin = cls.__mro__.index(TaskSamplingMixin)
+        before = [base.__name__ for base in cls.__mro__[1:mixin] if _is_plain_trainer(base)]
+        if before:
+            raise TypeError(
+                f"TaskSamplingMixin must come before {before[0]}: `class {cls.__name__}(TaskSamplingMixin, "
+                f"{before[0]})`."
+            )
 
     def __init__(self, *args: Any, task_balance: Balance = "proportional", **kwargs: Any) -> None:
         task_probabilities([1], task_balance)
@@ -187,8 +203,32 @@ class TaskSamplingMixin(_Trainer):
         if rows is None:
             return None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._task_sampler = TaskSampler(tasks_of(rows), self.task_balance, seed=seed)
+        tasks = tasks_of(rows)
+        self._check_known(tasks)
+        self._task_sampler = TaskSampler(tasks, self.task_balance, seed=seed)
         return self._task_sampler
+
+    def _check_known(self, tasks: Sequence[Union[int, str]]) -> None:
+        """Names are read by our collator only; without it the column may be there for the sampling alone."""
+        tuner = tuner_of(self.accelerator.unwrap_model(self.model))
+        if tuner is None:
+            return
+        named = isinstance(self.data_collator, DataCollatorWithTaskIds)
+        first = {task: row for row, task in reversed(list(enumerate(tasks)))}
+        for adapter in tuner.active_adapters:
+            config = cast(PolyConfig, tuner.peft_config[adapter])
+            for task, row in first.items():
+                if isinstance(task, int) or (named and config.task_names):
+                    try:
+                        resolve_task(task, config, adapter)
+                    except ValueError as error:
+                        raise ValueError(f"Row {row} of the training data: {error}") from None
+
+
+def _is_plain_trainer(cls: type) -> bool:
+    from transformers import Trainer  # brings much with it, and is there when a class is made of it
+
+    return issubclass(cls, Trainer) and not issubclass(cls, TaskSamplingMixin)
 
 
 def _order_of_rows(args: Any) -> Optional[str]:

@@ -103,7 +103,8 @@ def no_task_message(config: PolyConfig, adapter_name: str) -> str:
     return (
         f"No task is known for this call, and adapter {adapter_name!r} has {config.n_tasks} of them ({known}). Pass "
         "`task_ids=` (an id or name per row, or one for all), or choose one with `model.set_task(...)` or "
-        "`with peft_poly.use_task(model, ...)`."
+        "`with peft_poly.use_task(model, ...)`. In a Trainer, the rows' `task` reaches the model through "
+        "`DataCollatorWithTaskIds`."
     )
 
 

@@ -32,8 +32,8 @@ def poly_parameter_groups(
             own default.
 
     Returns:
-        The groups that are not empty, each with its `name`. Also fit for `Trainer(optimizer_cls_and_kwargs=(cls,
-        {"params": groups, "lr": lr}))`.
+        The groups that are not empty, in the order above, each with its `name`; a `Trainer` logs the rate of the first.
+        Also fit for `Trainer(optimizer_cls_and_kwargs=(cls, {"params": groups, "lr": lr}))`.
 
     Raises:
         ValueError: the model has no task-routed layer, or nothing to train.
@@ -74,13 +74,13 @@ def create_poly_optimizer(
     weight_decay: Optional[float] = None,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
-    """An optimizer whose router learns at a rate of its own; see `poly_parameter_groups`.
+    """An optimizer whose router learns at a rate of its own; see `peft_poly.training.poly_parameter_groups`.
 
     Pass it to a `Trainer` as `optimizers=(optimizer, None)`.
 
     Args:
         model: a model with task-routed layers.
-        optimizer_cls: any torch optimizer class.
+        optimizer_cls: any torch optimizer class, such as `torch.optim.AdamW`.
         lr: learning rate of everything but the router.
         router_lr: learning rate of the router rows.
         weight_decay: of everything but the router and vectors; None for the optimizer's default.
@@ -88,6 +88,7 @@ def create_poly_optimizer(
 
     Raises:
         ValueError: the model has no task-routed layer, or nothing to train.
+        TypeError: `optimizer_cls` is a name or an optimizer, not a class.
 
     Example:
 
@@ -102,5 +103,7 @@ def create_poly_optimizer(
 
     ```
     """
+    if not callable(optimizer_cls):
+        raise TypeError(f"optimizer_cls must be a class, such as torch.optim.AdamW, got {optimizer_cls!r}.")
     groups = poly_parameter_groups(model, lr=lr, router_lr=router_lr, weight_decay=weight_decay)
     return optimizer_cls(groups, lr=lr, **kwargs)

@@ -13,7 +13,7 @@ from rows import KINDS, with_ids
 from tiny import TASKS
 from torch.utils.data import BatchSampler, DataLoader
 from trainer_steps import balanced, unequal
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_poly import TaskSampler
@@ -98,5 +98,28 @@ def test_what_sampling_by_task_cannot_serve_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`task_balance` and `.*group_by_length.*both say the order"):
         balanced(tmp_path, unequal(), **grouped)
     bare, _ = balanced(tmp_path, [{"input_ids": [3], "labels": [3]}])
-    with pytest.raises(ValueError, match="Row 0 of the data set has neither a `task`"):
+    with pytest.raises(ValueError, match="Row 0 of the data set has neither a column `task`"):
         bare.train()
+
+
+def test_a_task_that_the_model_does_not_know_is_found_before_the_first_step(tmp_path):
+    data = unequal()
+    data[20]["task"] = "bolq"
+    trainer, seen = balanced(tmp_path, data)
+    match = r"Row 20 of the training data: Unknown task 'bolq'\. Did you mean 'boolq'\? Adapter 'default' knows: rte"
+    with pytest.raises(ValueError, match=match):
+        trainer.train()
+    assert not seen.batches
+    data = with_ids(unequal())
+    data[3]["task_ids"] = 3
+    with pytest.raises(ValueError, match=r"Row 3 of the training data: Task ids of adapter 'default' must lie in"):
+        balanced(tmp_path, data)[0].train()
+
+
+def test_rows_are_sampled_by_a_column_that_no_collator_reads(tmp_path):
+    """The model computes one task, and the column says something else."""
+    data = [{**row, "task": f"part {index % 2}"} for index, row in enumerate(unequal())]
+    trainer, _ = balanced(tmp_path, data)
+    trainer.data_collator = default_data_collator
+    trainer.model.set_task("rte")
+    assert set(trainer._get_train_sampler().rows) == {"part 0", "part 1"}

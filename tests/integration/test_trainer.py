@@ -425,3 +425,87 @@ def test_a_checkpoint_of_the_trainer_is_an_adapter(tmp_path):
     for name, parameter in again.named_parameters():
         if "poly_" in name:
             assert torch.equal(parameter, model.get_parameter(name))
+
+
+# ------------------------------------------------------------------------------------ the same tasks in the same order
+TURNED = TASKS[::-1]
+
+
+@pytest.mark.parametrize("names", [["default"], ["first", "second"]])
+def test_a_checkpoint_with_the_tasks_in_another_order_is_not_loaded(tmp_path, names):
+    def trainer(tasks: list[str], **settings) -> Trainer:
+        model = adapted(task_names=tasks)
+        for name in names if names != ["default"] else ():
+            model.add_adapter(name, poly("llama", r=2, n_skills=3, n_splits=2, task_names=tasks))
+            model.set_adapter(name)
+        saved = {"save_strategy": "steps", "save_steps": 1, **settings}
+        return Trainer(model, arguments(tmp_path, **saved), train_dataset=TorchRows(with_ids(rows())))
+
+    trainer(TASKS).train()
+    again = trainer(TURNED)
+    before = parameters(again.model)
+    match = (
+        r"task_names of the checkpoint '.*checkpoint-1.*' are not those of the model: id 0 is 'rte' there, and 'boolq' "
+        r"in adapter '\w+', so tasks would get the weights.*add_tasks"
+    )
+    for call in (
+        lambda: again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1")),
+        lambda: again._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-1")),  # DeepSpeed comes by here only
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    again.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=match):
+        again._load_best_model()
+    assert all(torch.equal(before[name], p) for name, p in parameters(again.model).items())
+    trainer(TASKS, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_collator_and_metrics_that_number_the_tasks_otherwise_are_refused(tmp_path):
+    found = TorchRows(classes(rows()))
+    match = r"The task_names of {} are not those of the model: id {} is {} there, and {} in adapter 'default'.*Pass"
+
+    def trainer(collator: DataCollatorWithTaskIds, **kwargs) -> Trainer:
+        data = {"train_dataset": found, "eval_dataset": found, "data_collator": collator}
+        return Trainer(adapted("bert"), arguments(tmp_path), **data, **kwargs)
+
+    turned = trainer(DataCollatorWithTaskIds(task_names=TURNED))
+    for call in (turned.train, turned.evaluate, lambda: turned.predict(found)):
+        with pytest.raises(ValueError, match=match.format("DataCollatorWithTaskIds", 0, "'boolq'", "'rte'")):
+            call()
+    longer = trainer(DataCollatorWithTaskIds(task_names=[*TASKS, "cola"]))
+    with pytest.raises(ValueError, match=match.format("DataCollatorWithTaskIds", 3, "'cola'", "no task")):
+        longer.train()
+    metrics = trainer(named(), compute_metrics=PerTaskMetrics(accuracy, ["rte", "boolq", "sst2"]))
+    for call in (metrics.train, metrics.evaluate):
+        with pytest.raises(ValueError, match=match.format("PerTaskMetrics", 1, "'boolq'", "'sst2'")):
+            call()
+    fewer = trainer(DataCollatorWithTaskIds(task_names=TASKS[:3]))
+    fewer.model.add_tasks(["cola"])
+    fewer.train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_column_under_another_name_is_found_out_while_it_is_there(tmp_path, kind):
+    found = [{("task_name" if key == "task" else key): value for key, value in row.items()} for row in rows()]
+    hint = r" Is it in `task_name`\? Rename" if kind == "datasets" else ""
+    with pytest.raises(ValueError, match=f"neither a column `task`, .* It has: .*{hint}"):
+        Trainer(adapted(), arguments(tmp_path), train_dataset=KINDS[kind](found), data_collator=named()).train()
+
+
+@pytest.mark.parametrize("case", ["bert", "t5", "llama"])
+def test_accumulated_batches_are_one_batch_where_the_model_is_said_not_to_count_items(tmp_path, case):
+    """transformers takes any model with `**kwargs` for one that divides its loss by `num_items_in_batch`."""
+    found = TorchRows(classes(rows(4)) if case == "bert" else rows(4))
+    losses = []
+    for settings in ({}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}):
+        model = adapted(case)
+        if case != "llama":
+            model.get_base_model().accepts_loss_kwargs = False
+        trainer = InOrder(
+            model, arguments(tmp_path, max_steps=1, logging_steps=1, **settings), train_dataset=found,
+            data_collator=named(),
+        )  # fmt: skip
+        trainer.train()
+        losses.append([trainer.state.log_history[0][key] for key in ("loss", "grad_norm")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

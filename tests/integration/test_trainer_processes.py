@@ -29,6 +29,7 @@ def test_two_processes_do_together_what_one_does(tmp_path):
     assert done.returncode == 0, done.stderr
     alone = trainer_steps.steps(tmp_path / "alone", 1)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.tensor(ranks[0]["losses"]), torch.tensor(alone["losses"]), rtol=1e-3, atol=1e-4)
     for rank in ranks:
         assert rank["table"] == alone["table"]
         assert len(rank["seen"]) == len(alone["seen"]) == 12

@@ -226,6 +226,25 @@ def test_packing_is_refused_before_the_first_step(tmp_path, settings):
     assert not forwards
 
 
+@pytest.mark.parametrize("settings", [{"packing": True, "max_length": 16}, {"padding_free": True, "max_length": None}])
+def test_with_our_collator_trl_refuses_such_batches_first(tmp_path, settings):
+    with pytest.raises(ValueError, match="Passing a custom data collator is not supported when using padding-free"):
+        sft(tmp_path, settings=settings)
+
+
+@pytest.mark.parametrize("column", ["task", "task_ids"])
+def test_the_set_task_does_not_speak_for_rows_of_other_tasks(tmp_path, column):
+    settings = {"padding_free": True, "max_length": None, "max_steps": 1, "shuffle_dataset": False}
+    trainer = sft(tmp_path, data=texts(column=column), settings=settings, data_collator=None)
+    trainer.model.set_task("sst2")
+    said = "'rte'" if column == "task" else "0"
+    match = (
+        rf"`padding_free=True` and `set_task` train the one task 'sst2', but row 0 of the data set has the task {said}"
+    )
+    with pytest.raises(ValueError, match=match):
+        trainer.train()
+
+
 def test_packing_serves_a_run_of_one_task(tmp_path):
     settings = {"packing": True, "packing_strategy": "wrapped", "max_length": 8, "max_steps": 1}
     trainer = sft(tmp_path, settings=settings, data_collator=None)

@@ -78,12 +78,25 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def steps(folder: Path, processes: int) -> dict[str, Any]:
     """What is compared between one process and several."""
-    torch.manual_seed(0)
-    model = adapt(CASES["bert"].make(), poly("bert", task_names=TASKS))
+
+    def classifier() -> PeftModel:
+        torch.manual_seed(0)
+        return adapt(CASES["bert"].make(), poly("bert", task_names=TASKS, router_noise=False))
+
     found = TorchRows([{**row, "labels": index % 3} for index, row in enumerate(rows(11))])  # of no even share
     metrics = PerTaskMetrics(accuracy, TASKS)
     settings = arguments(folder / "evaluated", per_device_eval_batch_size=4)
-    Trainer(model, settings, eval_dataset=found, data_collator=COLLATE, compute_metrics=metrics).evaluate()
+    Trainer(classifier(), settings, eval_dataset=found, data_collator=COLLATE, compute_metrics=metrics).evaluate()
+
+    model = classifier()  # one that was evaluated is not wrapped for DDP any more
+    model.get_base_model().accepts_loss_kwargs = False  # or transformers doubles the loss of a classifier
+    settings = arguments(
+        folder / "classified", per_device_train_batch_size=4 // processes, logging_steps=1, optim="sgd",
+        ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    trained = Trainer(model, settings, train_dataset=found, data_collator=COLLATE)
+    trained.train()
+    losses = [(log["loss"], log["grad_norm"]) for log in trained.state.log_history if "loss" in log]
 
     saved = {"save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 4 // processes}
     whole, seen = balanced(folder / "balanced", unequal(), **saved)
@@ -92,7 +105,7 @@ def steps(folder: Path, processes: int) -> dict[str, Any]:
     again, rest = balanced(folder / "balanced", unequal(), **saved)
     again.train(resume_from_checkpoint=str(folder / "balanced" / "checkpoint-8"))
     weights = [{n: p.detach() for n, p in run.model.named_parameters() if p.requires_grad} for run in (whole, again)]
-    return {"table": metrics.table, "seen": seen.batches, "rest": rest.batches, "weights": weights}
+    return {"table": metrics.table, "losses": losses, "seen": seen.batches, "rest": rest.batches, "weights": weights}
 
 
 if __name__ == "__main__":
