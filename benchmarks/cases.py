@@ -90,7 +90,7 @@ SIZES = [
 DECODES = [replace(T5, mode="decode", ids=ids, **change) for ids, change in (
     ("few", {}), ("mixed", {"rows": 32}), ("distinct", {"r": 4}), ("distinct", {"r": 16}), ("distinct", {"tasks": 64}),
 )]  # fmt: skip
-FULL = [*QUICK, *DECODES, *LLAMA_DECODES, *SHAPES_TOO, *SIZES]
+FULL = list(dict.fromkeys([*QUICK, *DECODES, *LLAMA_DECODES, *SHAPES_TOO, *SIZES]))
 
 
 def measure(case: Case, rounds: int, budget: float, variants: dict[str, Variant]) -> Row:
