@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Optional, cast
 
 import torch
-from peft.utils import CONFIG_NAME
 
 from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, check_columns, tasks_of
 from .config import PolyConfig
@@ -25,6 +24,8 @@ from .model import PolyModel, tuner_of
 from .task_ids import resolve_task
 
 __all__ = ["LESSONS"]
+
+CONFIG = "adapter_config.json"
 
 
 def _tuner_of(trainer: Any) -> Optional[PolyModel]:
@@ -106,9 +107,9 @@ def _check_checkpoint(folder: Path, tuner: PolyModel) -> None:
     alone = "default" if "default" in configs else tuner.active_adapters[0]
     for name, config in configs.items():
         for place in {folder / name, *([folder] if name == alone else [])}:
-            if not (place / CONFIG_NAME).is_file():
+            if not (place / CONFIG).is_file():
                 continue
-            saved = json.loads((place / CONFIG_NAME).read_text(encoding="utf-8")).get("task_names")
+            saved = json.loads((place / CONFIG).read_text(encoding="utf-8")).get("task_names")
             if saved and config.task_names and saved != config.task_names:
                 raise ValueError(
                     f"The task_names of the checkpoint {str(place)!r} are not those of the model: "
