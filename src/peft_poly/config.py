@@ -42,8 +42,8 @@ class PolyConfig(PeftConfig):
         n_skills (`int`): Number of skills in the inventory of a layer.
         n_splits (`int`): Number of splits (heads). Must divide the in- and out-features of every adapted layer.
         task_names (`list[str]`, *optional*): A name for each task, usable wherever an id goes. Sets `n_tasks`.
-        lora_alpha (`float`): The update is scaled by `lora_alpha / r`. The default is what PEFT's own Poly has; at the
-            learning rate of a LoRA, `r * n_skills` is a start.
+        lora_alpha (`float`): The update is scaled by `lora_alpha / r`. The default is that of PEFT's own Poly; at the
+            learning rate of a LoRA it hardly moves, and the start page says what to begin with.
         lora_dropout (`float`): Dropout on the input of the adapter while training.
         router_temperature (`float`): Temperature of the relaxed Bernoulli; 1 as in the papers.
         router_noise (`bool`): True: training samples the relaxed Bernoulli. False: training uses the sigmoid too, as
