@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +23,8 @@ def _process_state():
     yield
     torch.set_default_dtype(dtype)
     torch._dynamo.reset()
+    if "matplotlib.pyplot" in sys.modules:  # pages that draw leave their pictures open
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def pytest_collection_modifyitems(config, items):
