@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from .base_layers import PLAIN_TENSORS
-from .router import normalise
+from .router import weigh
 
 if TYPE_CHECKING:
     from .layer import PolyLayer
@@ -70,8 +70,7 @@ class CallWeights:
             z = torch.stack(routers).index_select(1, tasks)
         else:
             z = torch.stack([torch.embedding(logits, tasks) for logits in routers])
-        z = z.view(len(routers), tasks.shape[0], h, -1)
-        w = normalise(torch.sigmoid_(z if z.dtype in (torch.float32, torch.float64) else z.float()))
+        w, _ = weigh(z.view(len(routers), tasks.shape[0], h, -1))
         return {
             id(logits): (logits, (logits.data_ptr(), logits._version), of_router)
             for logits, of_router in zip(routers, w.unbind(), strict=True)

@@ -74,6 +74,13 @@ def route(
         Two tensors `(g, h, k)`, at least float32: below that 1e-12 would underflow to 0 / 0.
     """
     z = torch.embedding(logits, tasks).view(tasks.shape[0], n_splits, logits.shape[1] // n_splits)
+    return weigh(z, noise, temperature)
+
+
+def weigh(
+    z: torch.Tensor, noise: Optional[torch.Tensor] = None, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` once logits are looked up: z `(..., h, k)`, noise of its shape or None; returns w and p, as `route`."""
     if z.dtype not in (torch.float32, torch.float64):
         z = z.float()
     if noise is not None:
