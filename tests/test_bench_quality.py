@@ -23,7 +23,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import lines, report, routing, workers
 from benchmarks.quality.data import batches, draw, families, load_tasks
 from benchmarks.quality.encoder import Upper, load_features
-from benchmarks.quality.lines import FEW, MANY
+from benchmarks.quality.lines import FEW, MANY, REFERENCES
 from benchmarks.quality.methods import Method, build
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.ranker import TEMPERATURE, scores
@@ -170,8 +170,21 @@ class TestEncoder:
                     whole = model(**vocabulary(texts[place], return_tensors="pt")).last_hidden_state[0]
                 assert torch.allclose(upper[row, mask[row]], whole, atol=5e-3)  # the file is in half precision
 
+    def test_lines_of_all_layers_adapt_every_layer_above_the_embeddings(self, run, source):
+        features, whole = run.features_for(lines.DEEP_REFERENCE), BertModel.from_pretrained(source.model).eval()
+        assert len(features.upper.layer) == 3
+        assert run.features_for(lines.REFERENCE) is run.features
+        (_, hidden, mask), *_ = features.chunks([0])
+        tokens = PreTrainedTokenizerFast.from_pretrained(source.model)(next(iter(features.index)), return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(hidden, whole.embeddings(tokens["input_ids"]), atol=5e-3, rtol=0)  # float16
+            found = features.upper.eval()(hidden, mask)
+            torch.testing.assert_close(found, whole(tokens["input_ids"]).last_hidden_state, atol=1e-2, rtol=0)
+        adapter = build(MANY[lines.DEEP_REFERENCE].method, 1.0, features.upper, list(run.tasks.known), 0)
+        assert len([name for name, _ in adapter.model.named_parameters() if "query.lora_A" in name]) == 3
+
     def test_more_upper_layers_than_there_are_is_an_error(self, source, tmp_path):
-        with pytest.raises(ValueError, match=r"must lie in \[1, 3\], the layers of the encoder, got 4"):
+        with pytest.raises(ValueError, match=r"must lie in \[1, 3\], the layers of the encoder, or be 0, got 4"):
             load_features(["cat"], tmp_path, source.model, n_upper=4)
 
     def test_scores_are_cosines_whatever_shares_the_batch(self, run):
@@ -253,8 +266,10 @@ class TestRunning:
             assert all(0 <= result.accuracy <= 100 and math.isfinite(result.loss) for result in results)
 
     def test_all_methods_of_a_seed_come_before_the_next_seed(self, finished):
-        for stage, steps in (("many", 3), ("many", 9), ("few", 2)):
-            seeds = [unit.seed for unit in finished.store.done if (unit.stage, unit.steps) == (stage, steps)]
+        done = list(finished.store.done)
+        tables = {table: [u for u in done if u.stage == "many" and MANY[u.line].table == table] for table in REFERENCES}
+        for units in (*tables.values(), [u for u in done if u.stage == "few"]):
+            seeds = [unit.seed for unit in units]
             assert seeds == sorted(seeds)
             assert set(seeds) == {0, 1}
 
@@ -279,6 +294,14 @@ class TestRunning:
             unit: [dataclasses.replace(r, seconds=0) for r in results] for unit, results in finished.store.done.items()
         }
         assert last in again
+
+    def test_an_adapter_whose_file_is_lost_is_trained_again_as_it_was(self, run, finished):
+        unit = next(unit for unit in finished.store.done if (unit.stage, unit.line) == ("few", "MHR-mu"))
+        file = run.file(lines.BEST, unit.source, unit.seed, TINY.steps)
+        before = torch.load(file, weights_only=True)
+        file.unlink()
+        assert [r.loss for r in run.carry_out(unit)] == [r.loss for r in finished.store.done[unit]]
+        assert all(torch.equal(value, before[name]) for name, value in torch.load(file, weights_only=True).items())
 
     def test_another_setup_has_nothing_done(self, finished):
         assert Plan(TINY, "other", finished.store).done() == 0
@@ -402,6 +425,7 @@ class TestReport:
         names = (
             "quality",
             "quality-long",
+            "quality-deep",
             "quality-few",
             "quality-tuning",
             "quality-tasks",

@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
 def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     tables = {
         "All tasks together": report.many_table(plan),
-        "The same, three times as long": report.many_table(plan, long=True),
+        "The same, three times as long": report.many_table(plan, "long"),
+        "The same, all layers adapted": report.many_table(plan, "deep"),
         "A new task": report.few_table(plan),
     }
     for title, rows in tables.items():

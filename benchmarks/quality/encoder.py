@@ -108,7 +108,7 @@ def load_features(
         texts: what will be encoded.
         cache: folder of the file, half a gigabyte for 27,000 texts of MiniLM.
         model: folder or Hub id of an encoder laid out as BERT is (`embeddings`, `encoder.layer`); empty for MiniLM.
-        n_upper: how many of its last layers are adapted.
+        n_upper: how many of its last layers are adapted; 0 for all.
         max_length: longest text in tokens; the rest is cut off.
 
     Raises:
@@ -118,8 +118,11 @@ def load_features(
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # a twentieth of the time of a step
     encoder = AutoModel.from_pretrained(folder, attn_implementation="sdpa", **dropout).eval().requires_grad_(False)
     layers = encoder.encoder.layer
-    if not 0 < n_upper <= len(layers):
-        raise ValueError(f"`n_upper` must lie in [1, {len(layers)}], the layers of the encoder, got {n_upper}.")
+    if not 0 <= n_upper <= len(layers):
+        raise ValueError(
+            f"`n_upper` must lie in [1, {len(layers)}], the layers of the encoder, or be 0, got {n_upper}."
+        )
+    n_upper = n_upper or len(layers)
     upper = Upper(layers[len(layers) - n_upper :])
     texts = sorted(set(texts))
     config = {key: value for key, value in encoder.config.to_dict().items() if not key.startswith("_")}

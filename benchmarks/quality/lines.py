@@ -9,6 +9,7 @@ from .rates import Rates
 
 __all__ = [
     "BEST",
+    "DEEP_REFERENCE",
     "FEW",
     "FEW_REFERENCE",
     "FEW_SHOWN",
@@ -16,6 +17,7 @@ __all__ = [
     "MANY",
     "OTHER_SIZES",
     "REFERENCE",
+    "REFERENCES",
     "SHOWN",
     "Line",
     "Way",
@@ -35,6 +37,7 @@ class Line:
         grid: what is tried on validation rows.
         like: the line whose rates it takes; empty for its own.
         times: how many times the steps of the others.
+        all_layers: whether it adapts all layers of the encoder, not only the upper ones.
     """
 
     method: Method
@@ -42,6 +45,12 @@ class Line:
     grid: tuple[Rates, ...] = ()
     like: str = ""
     times: int = 1
+    all_layers: bool = False
+
+    @property
+    def table(self) -> str:
+        """Which table it belongs to: main, long (more steps) or deep (all layers)."""
+        return "deep" if self.all_layers else "long" if self.times > 1 else "main"
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,9 @@ def _grid(
 
 
 REFERENCE = "shared LoRA"  # what the others are compared with
-LONG_REFERENCE = "shared LoRA, 3 x the steps"  # what those of many steps are compared with
+LONG_REFERENCE = "shared LoRA, 3 x the steps"
+DEEP_REFERENCE = "shared LoRA, all layers"
+REFERENCES = {"main": REFERENCE, "long": LONG_REFERENCE, "deep": DEEP_REFERENCE}  # by table
 BEST = "MHR, 4 splits"  # what the variants are variants of
 SKILL_SIZED = "shared LoRA, rank of one skill"
 OTHER_SIZES = ("no adapter", SKILL_SIZED)  # all others fit the budget
@@ -96,13 +107,17 @@ MANY = {
     BEST: _routed,
     "MHR, 8 splits": replace(_routed, method=replace(_mhr, splits=8)),
     "MHR, one rate": Line(_mhr, Rates(3e-3, 0, 8), _grid((3e-3, 6e-3, 1e-2), scales=(8.0,))),
+    "MHR, scale 1": Line(_mhr, Rates(1e-2, 0.3, 1), _grid((3e-3, 1e-2, 3e-2), (0.3,))),
     "MHR, noise": replace(_variant, method=replace(_mhr, noise=True)),
     'MHR, init_weights="mhr"': replace(_variant, method=replace(_mhr, init="mhr")),
     "MHR, router per block": replace(_variant, method=replace(_mhr, granularity="block")),
     "MHR, router for the model": replace(_variant, method=replace(_mhr, granularity="model")),
     LONG_REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), like=REFERENCE, times=3),
     "LoRA per task, 3 x the steps": Line(Method("per task"), Rates(3e-3, 0, 4), like="LoRA per task", times=3),
+    "Poly, 3 x the steps": replace(_routed, method=replace(_mhr, splits=1), grid=(), like="Poly", times=3),
     "MHR, 4 splits, 3 x the steps": replace(_variant, times=3),
+    DEEP_REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), like=REFERENCE, all_layers=True),
+    "MHR, 4 splits, all layers": replace(_variant, all_layers=True),
 }
 
 _all = Way(BEST, init="mean", verb="train_all", rates=Rates(1e-3, 0.1), grid=_grid((3e-4, 1e-3, 3e-3), (0.1,), (0.0,)))

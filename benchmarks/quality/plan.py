@@ -45,21 +45,23 @@ class Plan:
             for line in MANY:
                 for rates in MANY[line].grid:
                     yield Slot("tune", line, s.tune_seed, rates=rates)
-        yield from self._many(long=False)
+        yield from self._many("main")
         if s.tune:
             for way in FEW:
                 for rates in FEW[way].grid:
                     yield Slot("tune few", way, s.seeds[0], s.shots[0], s.draws, rates)  # a draw that no table has
         yield from self._few(s.seeds[0])
-        if s.long:
-            yield from self._many(long=True)
+        if s.extra:
+            yield from self._many("long")
         for seed in s.seeds[1:]:
             yield from self._few(seed)
+        if s.extra:
+            yield from self._many("deep")
 
-    def _many(self, long: bool) -> Iterator[Slot]:
+    def _many(self, table: str) -> Iterator[Slot]:
         for seed in self.settings.seeds:
             for line in MANY:
-                if (MANY[line].times > 1) == long:
+                if MANY[line].table == table:
                     yield Slot("many", line, seed)
 
     def _few(self, seed: int) -> Iterator[Slot]:

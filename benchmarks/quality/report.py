@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from .. import results as markdown
-from .lines import FEW, FEW_REFERENCE, FEW_SHOWN, LONG_REFERENCE, MANY, REFERENCE, SHOWN
+from .lines import FEW, FEW_REFERENCE, FEW_SHOWN, MANY, REFERENCE, REFERENCES, SHOWN
 from .plan import Plan
 from .rates import Rates
 from .statistics import Difference, compare, mean_and_error
@@ -31,12 +31,12 @@ Accuracies = dict[int, dict[str, float]]  # by seed and task
 Table = list[dict[str, Any]]
 
 
-def multi_task(plan: Plan, long: bool = False) -> dict[str, Accuracies]:
-    """Test accuracies of each line of the multi-task table (or of that of long training) that has a seed done."""
+def multi_task(plan: Plan, table: str = "main") -> dict[str, Accuracies]:
+    """Test accuracies of each line of a multi-task table (`lines.Line.table`) that has a seed done."""
     found: dict[str, Accuracies] = {}
     for unit, results in _done(plan, "many"):
         found.setdefault(unit.line, {})[unit.seed] = {result.task: result.accuracy for result in results}
-    return {line: found[line] for line in MANY if line in found and (MANY[line].times > 1) == long}
+    return {line: found[line] for line in MANY if line in found and MANY[line].table == table}
 
 
 def few_shot(plan: Plan, shots: int) -> dict[str, Accuracies]:
@@ -64,15 +64,15 @@ def _done(plan: Plan, stage: str) -> list[tuple[Unit, list[Result]]]:
     return [(unit, plan.store.done[unit]) for unit in units if unit in plan.store.done]
 
 
-def many_table(plan: Plan, long: bool = False) -> Table:
+def many_table(plan: Plan, table: str = "main") -> Table:
     """A line each: size, rates, mean accuracy, and the paired difference from the shared LoRA."""
-    found = multi_task(plan, long)
+    found = multi_task(plan, table)
     sizes = {unit.line: results[0].parameters for unit, results in _done(plan, "many")}
     rates = {unit.line: Rates.parse(unit.rates) for unit, _ in _done(plan, "many")}
     rows = []
     for line, accuracies in found.items():
         row = {"method": line, "parameters": f"{sizes[line]:,}", **_shown(rates[line]), "accuracy": _mean(accuracies)}
-        rows.append({**row, "seeds": len(accuracies), **_against(found, line, LONG_REFERENCE if long else REFERENCE)})
+        rows.append({**row, "seeds": len(accuracies), **_against(found, line, REFERENCES[table])})
     return rows
 
 
@@ -192,7 +192,7 @@ def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
     about = markdown.about(command)
     tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
     tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
-    tables["quality-long"] = many_table(plan, long=True)
+    tables |= {f"quality-{table}": many_table(plan, table) for table in ("long", "deep")}
     last = few_shot(plan, plan.settings.shots[-1])
     if last:
         tables["quality-few-tasks"] = task_table(last, FEW_SHOWN)

@@ -9,10 +9,13 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Optional
 
 import torch
+from filelock import FileLock
 
 from peft_poly.layer import PolyLayer
 
@@ -64,8 +67,10 @@ class Run:
         self.tasks = _cut(load_tasks(source.data, source.held_out), self.settings)
         rows = [row for rows in (*self.tasks.known.values(), *self.tasks.held_out.values()) for row in rows]
         texts = [text for row in rows for text in (row.text, *row.options)]
-        sizes = {"n_upper": self.settings.upper_layers, "max_length": self.settings.max_length}
-        self.features: Features = load_features(texts, source.outputs, source.model, **sizes)
+        length = self.settings.max_length
+        self._load = partial(load_features, texts, source.outputs, source.model, max_length=length)
+        self.features: Features = self._load(n_upper=self.settings.upper_layers)
+        self._of_all_layers: Optional[Features] = None
         about = [[dataclasses.astuple(row) for row in rows], list(self.tasks.known), self.features.fingerprint]
         shared = {name: value for name, value in asdict(self.settings).items() if name not in Settings.OF_UNITS}
         self.setup = hashlib.sha256(json.dumps([about, shared], sort_keys=True).encode()).hexdigest()[:8]
@@ -77,41 +82,46 @@ class Run:
         seconds = round(time.process_time() - begin, 1)
         return [Result(task, round(right, 3), round(loss, 5), size, seconds) for task, right, loss, size in found]
 
+    def features_for(self, line: str) -> Features:
+        """What a line of the multi-task tables is trained on."""
+        if not MANY[line].all_layers:
+            return self.features
+        if self._of_all_layers is None:
+            self._of_all_layers = self._load(n_upper=0)
+        return self._of_all_layers
+
     def file(self, line: str, rates: str, seed: int, steps: int) -> Path:
         """Where a trained adapter is kept."""
         return self.outputs / self.setup / f"{line}, {rates}, {steps} steps, seed {seed}.pt"
 
     def adapter(self, line: str, text: str, seed: int, steps: int) -> Adapter:
         """A method trained on all tasks with the rates of `text`: read from its file, or trained and written there."""
-        names, rates = list(self.tasks.known), Rates.parse(text)
-        adapter = build(MANY[line].method, rates.scale, self.features.upper, names, seed)
+        names, rates, features = list(self.tasks.known), Rates.parse(text), self.features_for(line)
+        adapter = build(MANY[line].method, rates.scale, features.upper, names, seed)
         if not adapter.parameters():
             return adapter
         path = self.file(line, text, seed, steps)
-        if path.exists():
-            adapter.model.load_state_dict(torch.load(path, weights_only=True), strict=False)
-            return adapter
-        s = self.settings
-        torch.manual_seed(seed)  # of the routers' noise
-        train(
-            adapter,
-            self.features,
-            batches(self.tasks, steps, s.tasks_per_step, s.rows_per_task, seed),
-            steps,
-            rates,
-        )
-        learned = {name: p.detach() for name, p in adapter.model.named_parameters() if p.requires_grad}
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_suffix(f".{os.getpid()}")
-        torch.save(learned, staging)
-        os.replace(staging, path)
+        with FileLock(f"{path}.lock"):  # of a lost file: two workers that start from it would both train it
+            if path.exists():
+                adapter.model.load_state_dict(torch.load(path, weights_only=True), strict=False)
+                return adapter
+            s = self.settings
+            torch.manual_seed(seed)  # of the routers' noise
+            rows = batches(self.tasks, steps, s.tasks_per_step, s.rows_per_task, seed)
+            train(adapter, features, rows, steps, rates)
+            learned = {name: p.detach() for name, p in adapter.model.named_parameters() if p.requires_grad}
+            staging = path.with_suffix(f".{os.getpid()}")
+            torch.save(learned, staging)
+            os.replace(staging, path)
         return adapter
 
     def _many(self, unit: Unit) -> Found:
         adapter = self.adapter(unit.line, unit.rates, unit.seed, unit.steps)
         split = "validation" if unit.stage == "tune" else "test"
         for task in self.tasks.known:
-            yield task, *accuracy(adapter, self.features, self.tasks.rows(task, split)), adapter.n_trainable
+            rows = self.tasks.rows(task, split)
+            yield task, *accuracy(adapter, self.features_for(unit.line), rows), adapter.n_trainable
 
     def _few(self, unit: Unit) -> Found:
         """Each held-out task by itself: a copy of what was trained on the known tasks meets it."""

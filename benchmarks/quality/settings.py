@@ -21,7 +21,7 @@ class Settings:
         tune_seed: of the runs that rates are chosen by, on validation rows.
         tune: choose rates; else those that `lines` has.
         tune_steps: of those runs: half as many, for they are many.
-        long: train some methods for three times the steps, too.
+        extra: the tables of long training and of all layers, too.
         few_steps, few_batch: of training on a few rows.
         shots: numbers of those rows.
         draws: how often they are drawn.
@@ -32,7 +32,7 @@ class Settings:
         "tune_seed",
         "tune",
         "tune_steps",
-        "long",
+        "extra",
         "few_steps",
         "shots",
         "draws",
@@ -50,7 +50,7 @@ class Settings:
     tune_seed: int = 100
     tune: bool = True
     tune_steps: int = 100
-    long: bool = True
+    extra: bool = True
     few_steps: int = 20
     few_batch: int = 8
     shots: tuple[int, ...] = (16, 32)
@@ -58,4 +58,4 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(steps=100, test_rows=50, seeds=(0,), tune=False, long=False, shots=(16,), draws=1)
+QUICK = Settings(steps=100, test_rows=50, seeds=(0,), tune=False, extra=False, shots=(16,), draws=1)
