@@ -3,9 +3,9 @@
 PEFT hands `task_ids` on for its own Poly only, and its `generate` and plain `PeftModel` for none. So the `forward` and
 `generate` of its model classes, and transformers' `generate`, are wrapped: for a task-routed model the wrapper takes
 `task_ids` out of the call and enters the tuner's context with them; every other model passes straight through. The
-saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`, and so is
-transformers' `Trainer`, for the lessons of `trainer.py`. Wrapping keeps names and signatures, is marked, and is done
-once however often the package is imported or reloaded.
+saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`; so are
+`load_adapter`, for the check of names in `loading.py`, and transformers' `Trainer`, for the lessons of `trainer.py`.
+Wrapping keeps names and signatures, is marked, and is done once however often the package is imported or reloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peft.peft_model import PeftModel
 from peft.utils import PeftType, register_peft_method
 from transformers import GenerationMixin
 
-from . import saving
+from . import loading, saving
 from .config import PolyConfig
 from .model import PolyModel, tuner_of
 from .tasks import generation
@@ -45,6 +45,7 @@ def register() -> None:
         _wrap(cls, "forward", _routed)
         _wrap(cls, "generate", _routed)
     _wrap(GenerationMixin, "generate", _generating)
+    _wrap(PeftModel, "load_adapter", _for_poly(loading.load_adapter))
     _wrap(PeftModel, "save_pretrained", _for_poly(saving.save_pretrained))
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
     _wrap(PeftModel, "create_or_update_model_card", _for_poly(saving.create_or_update_model_card))

@@ -8,10 +8,8 @@ replicas on other devices and the checks of `generate` would all meet.
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Optional, cast
 
@@ -19,13 +17,12 @@ import torch
 
 from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, check_columns, tasks_of
 from .config import PolyConfig
+from .loading import check_task_names, difference
 from .metrics import PerTaskMetrics
 from .model import PolyModel, tuner_of
 from .task_ids import resolve_task
 
 __all__ = ["LESSONS"]
-
-CONFIG = "adapter_config.json"
 
 
 def _tuner_of(trainer: Any) -> Optional[PolyModel]:
@@ -73,17 +70,9 @@ def _check_names(trainer: Any, tuner: PolyModel) -> None:
             if config.task_names and part.task_names != config.task_names[: len(part.task_names)]:
                 raise ValueError(
                     f"The task_names of {type(part).__name__} are not those of the model: "
-                    f"{_difference(part.task_names, config.task_names)} in adapter {adapter!r}, so ids would mean "
+                    f"{difference(part.task_names, config.task_names)} in adapter {adapter!r}, so ids would mean "
                     "other tasks. Pass `task_names=model.task_names`."
                 )
-
-
-def _difference(given: Sequence[str], of_model: Sequence[str]) -> str:
-    """Where two different lists of names part."""
-    pairs = enumerate(zip_longest(given, of_model))
-    index, (one, other) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
-    named = ["no task" if name is None else repr(name) for name in (one, other)]
-    return f"id {index} is {named[0]} there, and {named[1]}"
 
 
 def _checking_checkpoint(method: Callable) -> Callable:
@@ -107,16 +96,8 @@ def _check_checkpoint(folder: Path, tuner: PolyModel) -> None:
     alone = "default" if "default" in configs else tuner.active_adapters[0]
     for name, config in configs.items():
         for place in {folder / name, *([folder] if name == alone else [])}:
-            if not (place / CONFIG).is_file():
-                continue
-            saved = json.loads((place / CONFIG).read_text(encoding="utf-8")).get("task_names")
-            if saved and config.task_names and saved != config.task_names:
-                raise ValueError(
-                    f"The task_names of the checkpoint {str(place)!r} are not those of the model: "
-                    f"{_difference(saved, config.task_names)} in adapter {name!r}, so tasks would get the weights of "
-                    "other tasks. Make the model with the checkpoint's task_names, in their order; for other tasks, "
-                    "load it with `PeftModel.from_pretrained(..., is_trainable=True)` and use `add_tasks`."
-                )
+            if place.is_dir():  # else it would be asked for on the Hub
+                check_task_names(place, config, name)
 
 
 def _check_rows_have_one_task(trainer: Any, tuner: PolyModel, dataset: Any) -> None:

@@ -1,0 +1,55 @@
+"""Loading weights into an adapter that is there: they must be of its tasks, in its order."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Union
+
+from peft.config import PeftConfig
+from peft.peft_model import PeftModel
+
+from .reading import read_config
+
+__all__ = ["check_task_names", "difference", "load_adapter"]
+
+
+def load_adapter(original: Callable, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """`PeftModel.load_adapter`; of an adapter that is there it takes the weights alone, whatever its tasks are called.
+
+    Raises:
+        ValueError: the adapter has other tasks than the saved one, or others at an id.
+    """
+    call = inspect.signature(original).bind(*args, **kwargs)
+    name, source = call.arguments["adapter_name"], call.arguments["model_id"]
+    if name in model.peft_config:
+        hub_kwargs, _ = model._split_kwargs(call.arguments.get("kwargs", {}))
+        check_task_names(source, model.peft_config[name], name, **hub_kwargs)
+    return original(*args, **kwargs)
+
+
+def check_task_names(source: Union[str, Path], config: PeftConfig, adapter_name: str, **hub_kwargs: Any) -> None:
+    """Raise if the named tasks of a saved adapter are not those of `config`; weights without a config say nothing."""
+    try:
+        saved = getattr(read_config(source, **hub_kwargs), "task_names", None)
+    except FileNotFoundError:  # weights alone, which PEFT takes, too
+        return
+    names = getattr(config, "task_names", None)
+    if saved and names and saved != names:
+        place = str(Path(source, hub_kwargs["subfolder"])) if hub_kwargs.get("subfolder") else str(source)
+        raise ValueError(
+            f"The task_names of the checkpoint {place!r} are not those of the model: {difference(saved, names)} in "
+            f"adapter {adapter_name!r}, so tasks would get the weights of other tasks. Make the model with the "
+            "checkpoint's task_names, in their order; for other tasks, load it with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)` and use `add_tasks`."
+        )
+
+
+def difference(given: Sequence[str], of_model: Sequence[str]) -> str:
+    """Where two different lists of names part."""
+    pairs = enumerate(zip_longest(given, of_model))
+    index, (one, other) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
+    named = ["no task" if name is None else repr(name) for name in (one, other)]
+    return f"id {index} is {named[0]} there, and {named[1]}"
