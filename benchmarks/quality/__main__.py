@@ -83,10 +83,11 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     if not report.multi_task(plan):
         return
     report.plot(plan, path.with_suffix(".png"))
-    best = routing.best_routed(plan)
+    best, trained_long = (routing.best_routed(plan, table) for table in ("main", "long"))
     looked = routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png")) if best else []
+    looked += routing.look(run, plan, trained_long) if trained_long else []
     if looked:
-        console.print(_printed(f"Routing of {best}", looked))
+        console.print(_printed("What the routers learned", looked))
     if args.docs:
         report.write(args.docs, plan, "make bench-quality", looked)
 

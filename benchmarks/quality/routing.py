@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
@@ -20,17 +20,17 @@ from .statistics import against_chance, clusters, kinship, rand_index
 __all__ = ["best_routed", "look"]
 
 
-def best_routed(plan: Plan) -> str:
-    """The line of ours with the highest test accuracy, mean over the seeds that all of them have."""
-    found = {line: a for line, a in multi_task(plan).items() if MANY[line].method.kind == "poly"}
+def best_routed(plan: Plan, table: str = "main") -> str:
+    """The line of ours with the highest test accuracy in a table, mean over the seeds that all of them have."""
+    found = {line: a for line, a in multi_task(plan, table).items() if MANY[line].method.kind == "poly"}
     seeds = set.intersection(*(set(accuracies) for accuracies in found.values())) if found else set()
     if not seeds:
         return ""
     return max(found, key=lambda line: fmean(fmean(found[line][seed].values()) for seed in seeds))
 
 
-def look(run: Run, plan: Plan, line: str, picture: Path) -> list[dict[str, Any]]:
-    """A row for each seed of a line; the heat map and the tree of the first one go into `picture`.
+def look(run: Run, plan: Plan, line: str, picture: Optional[Path] = None) -> list[dict[str, Any]]:
+    """A row for each seed of a line; the heat map and the tree of the first one go into `picture`, if given.
 
     Families are what names begin with (`data.families`), among the tasks that have kin; categories are what the rows
     say, among those that have company.
@@ -44,10 +44,14 @@ def look(run: Run, plan: Plan, line: str, picture: Path) -> list[dict[str, Any]]
         if not run.file(line, unit.rates, unit.seed, unit.steps).exists():
             continue
         routing = read_routing(run.adapter(line, unit.rates, unit.seed, unit.steps).model)
-        if not rows:
+        if picture is not None and not rows:
             save_plots(routing, picture)
         metrics = mean_metrics(routing)
-        row = {"seed": unit.seed, "skills used": f"{metrics.effective_skills:.1f} of {routing.shape[2]}"}
+        row = {
+            "method": line,
+            "seed": unit.seed,
+            "skills used": f"{metrics.effective_skills:.1f} of {routing.shape[2]}",
+        }
         similarity = task_similarity(routing).numpy()
         for kind, label in (("family", families(routing.task_names)), ("category", run.tasks.category)):
             row |= _fits(kind, similarity, [label.get(name, "") for name in routing.task_names])
