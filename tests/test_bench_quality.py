@@ -124,6 +124,14 @@ class TestData:
         assert list(run.tasks.known) == ["count", "thing_animal", "thing_colour"]
         assert list(run.tasks.held_out) == ["later"]
 
+    def test_without_instructions_the_same_rows_have_their_input_alone(self, run):
+        bare = run.material(lines.BARE_REFERENCE)
+        for task, rows in run.tasks.known.items():
+            instruction = TASKS[task][0]
+            assert [f"{instruction} {row.text}" for row in bare.tasks.known[task]] == [row.text for row in rows]
+            assert [row.label for row in bare.tasks.known[task]] == [row.label for row in rows]
+        assert len(bare.features.upper.layer) == TINY.upper_layers
+
     def test_an_unknown_held_out_task_is_an_error(self, source):
         with pytest.raises(ValueError, match=r"Held-out tasks \['nothing'\] are not in"):
             load_tasks(source.data, ["nothing"])
@@ -171,9 +179,9 @@ class TestEncoder:
                 assert torch.allclose(upper[row, mask[row]], whole, atol=5e-3)  # the file is in half precision
 
     def test_lines_of_all_layers_adapt_every_layer_above_the_embeddings(self, run, source):
-        features, whole = run.features_for(lines.DEEP_REFERENCE), BertModel.from_pretrained(source.model).eval()
+        features, whole = run.material(lines.DEEP_REFERENCE).features, BertModel.from_pretrained(source.model).eval()
         assert len(features.upper.layer) == 3
-        assert run.features_for(lines.REFERENCE) is run.features
+        assert run.material(lines.REFERENCE).features is run.features
         (_, hidden, mask), *_ = features.chunks([0])
         tokens = PreTrainedTokenizerFast.from_pretrained(source.model)(next(iter(features.index)), return_tensors="pt")
         with torch.no_grad():
@@ -426,6 +434,7 @@ class TestReport:
             "quality",
             "quality-long",
             "quality-deep",
+            "quality-bare",
             "quality-few",
             "quality-tuning",
             "quality-tasks",

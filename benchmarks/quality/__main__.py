@@ -75,6 +75,7 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
         "All tasks together": report.many_table(plan),
         "The same, three times as long": report.many_table(plan, "long"),
         "The same, all layers adapted": report.many_table(plan, "deep"),
+        "The same, texts without their instruction": report.many_table(plan, "bare"),
         "A new task": report.few_table(plan),
     }
     for title, rows in tables.items():

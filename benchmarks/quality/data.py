@@ -56,8 +56,8 @@ class Tasks:
         return [row for row in rows if row.split == split][: most or None]
 
 
-def load_tasks(folder: Path, held_out: Sequence[str] = HELD_OUT) -> Tasks:
-    """The tasks of a folder.
+def load_tasks(folder: Path, held_out: Sequence[str] = HELD_OUT, instruction: bool = True) -> Tasks:
+    """The tasks of a folder, each text with or without its instruction.
 
     Raises:
         ValueError: a row lacks a key, an answer is not among its options, a held-out name is unknown, a task has no
@@ -75,7 +75,7 @@ def load_tasks(folder: Path, held_out: Sequence[str] = HELD_OUT) -> Tasks:
                 skipped[found["task"]] = None
                 continue
             category[found["task"]] = found.get("category", "")
-            tasks.setdefault(found["task"], []).append(_row(found, f"{file.name}, line {number}"))
+            tasks.setdefault(found["task"], []).append(_row(found, f"{file.name}, line {number}", instruction))
     if unknown := sorted(set(held_out) - tasks.keys() - skipped.keys()):
         raise ValueError(
             f"Held-out tasks {unknown} are not in {folder}. Name yours with --held-out; it has {[*tasks]}."
@@ -96,10 +96,11 @@ def _splits(rows: list[Row]) -> set[str]:
     return {row.split for row in rows}
 
 
-def _row(found: dict, place: str) -> Row:
+def _row(found: dict, place: str, instruction: bool) -> Row:
     if found["output"] not in found["options"]:
         raise ValueError(f"{place}: {found['output']!r} is not one of {found['options']}.")
-    text, label = f"{found['instruction']} {found['input']}", found["options"].index(found["output"])
+    text = f"{found['instruction']} {found['input']}" if instruction else found["input"]
+    label = found["options"].index(found["output"])
     return Row(found["task"], text, tuple(found["options"]), label, found["split"])
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -130,10 +131,11 @@ def load_features(
     about = json.dumps([texts, config, weights, n_upper, max_length], sort_keys=True)
     fingerprint = hashlib.sha256(about.encode()).hexdigest()[:16]
     path = cache / f"features-{fingerprint}"
-    if not path.with_suffix(".npz").exists():
-        del layers[len(layers) - n_upper :]
-        cache.mkdir(parents=True, exist_ok=True)
-        _write(path, texts, encoder, AutoTokenizer.from_pretrained(folder), max_length)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # one worker writes, the others wait
+        if not path.with_suffix(".npz").exists():
+            del layers[len(layers) - n_upper :]
+            _write(path, texts, encoder, AutoTokenizer.from_pretrained(folder), max_length)
     starts = np.load(path.with_suffix(".npz"))["starts"]
     return Features(texts, starts, np.load(path.with_suffix(".npy"), mmap_mode="r"), upper, fingerprint)
 

@@ -8,6 +8,7 @@ from .methods import Method
 from .rates import Rates
 
 __all__ = [
+    "BARE_REFERENCE",
     "BEST",
     "DEEP_REFERENCE",
     "FEW",
@@ -38,6 +39,7 @@ class Line:
         like: the line whose rates it takes; empty for its own.
         times: how many times the steps of the others.
         all_layers: whether it adapts all layers of the encoder, not only the upper ones.
+        instruction: whether a text begins with the instruction of its task.
     """
 
     method: Method
@@ -46,11 +48,14 @@ class Line:
     like: str = ""
     times: int = 1
     all_layers: bool = False
+    instruction: bool = True
 
     @property
     def table(self) -> str:
-        """Which table it belongs to: main, long (more steps) or deep (all layers)."""
-        return "deep" if self.all_layers else "long" if self.times > 1 else "main"
+        """Which table it belongs to: main, long (more steps), deep (all layers) or bare (no instruction)."""
+        if self.all_layers:
+            return "deep"
+        return "long" if self.times > 1 else "main" if self.instruction else "bare"
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,11 @@ def _grid(
 REFERENCE = "shared LoRA"  # what the others are compared with
 LONG_REFERENCE = "shared LoRA, 3 x the steps"
 DEEP_REFERENCE = "shared LoRA, all layers"
-REFERENCES = {"main": REFERENCE, "long": LONG_REFERENCE, "deep": DEEP_REFERENCE}  # by table
+BARE_REFERENCE = "shared LoRA, no instruction"
+REFERENCES = {"main": REFERENCE, "long": LONG_REFERENCE, "deep": DEEP_REFERENCE, "bare": BARE_REFERENCE}  # by table
 BEST = "MHR, 4 splits"  # what the variants are variants of
 SKILL_SIZED = "shared LoRA, rank of one skill"
-OTHER_SIZES = ("no adapter", SKILL_SIZED)  # all others fit the budget
+OTHER_SIZES = ("no adapter", SKILL_SIZED, "no adapter, no instruction")  # all others fit the budget
 
 _mhr = Method("poly", splits=4, noise=False)
 _GRID = _grid((3e-3,), (0.03, 0.1, 0.3, 1.0), (8.0,))
@@ -119,6 +125,9 @@ MANY = {
     DEEP_REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), like=REFERENCE, all_layers=True),
     "MHR, 4 splits, all layers": replace(_variant, all_layers=True),
 }
+
+for _line in ("no adapter", "LoRA per task", REFERENCE, "Poly", BEST):
+    MANY[f"{_line}, no instruction"] = replace(MANY[_line], grid=(), like=_line, instruction=False)
 
 _all = Way(BEST, init="mean", verb="train_all", rates=Rates(1e-3, 0.1), grid=_grid((3e-4, 1e-3, 3e-3), (0.1,), (0.0,)))
 _z = Way(BEST, init="mean", verb="train_router_only", rates=Rates(0, 0.3), grid=_grid((0.0,), (0.1, 0.3, 1.0), (0.0,)))

@@ -57,6 +57,7 @@ class Plan:
             yield from self._few(seed)
         if s.extra:
             yield from self._many("deep")
+            yield from self._many("bare")
 
     def _many(self, table: str) -> Iterator[Slot]:
         for seed in self.settings.seeds:

@@ -192,7 +192,7 @@ def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
     about = markdown.about(command)
     tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
     tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
-    tables |= {f"quality-{table}": many_table(plan, table) for table in ("long", "deep")}
+    tables |= {f"quality-{table}": many_table(plan, table) for table in ("long", "deep", "bare")}
     last = few_shot(plan, plan.settings.shots[-1])
     if last:
         tables["quality-few-tasks"] = task_table(last, FEW_SHOWN)

@@ -9,10 +9,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Optional
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -53,6 +52,13 @@ class Source:
     settings: Settings
 
 
+class Material(NamedTuple):
+    """Tasks, and the hidden states of their texts under the layers that are adapted."""
+
+    tasks: Tasks
+    features: Features
+
+
 class Run:
     """The tasks, the encoder, and what a unit does with them.
 
@@ -64,13 +70,10 @@ class Run:
 
     def __init__(self, source: Source) -> None:
         self.outputs, self.settings = source.outputs, source.settings
-        self.tasks = _cut(load_tasks(source.data, source.held_out), self.settings)
+        self._source = source
+        self._materials: dict[tuple[bool, bool], Material] = {}
+        self.tasks, self.features = self._material(instruction=True, all_layers=False)
         rows = [row for rows in (*self.tasks.known.values(), *self.tasks.held_out.values()) for row in rows]
-        texts = [text for row in rows for text in (row.text, *row.options)]
-        length = self.settings.max_length
-        self._load = partial(load_features, texts, source.outputs, source.model, max_length=length)
-        self.features: Features = self._load(n_upper=self.settings.upper_layers)
-        self._of_all_layers: Optional[Features] = None
         about = [[dataclasses.astuple(row) for row in rows], list(self.tasks.known), self.features.fingerprint]
         shared = {name: value for name, value in asdict(self.settings).items() if name not in Settings.OF_UNITS}
         self.setup = hashlib.sha256(json.dumps([about, shared], sort_keys=True).encode()).hexdigest()[:8]
@@ -82,13 +85,21 @@ class Run:
         seconds = round(time.process_time() - begin, 1)
         return [Result(task, round(right, 3), round(loss, 5), size, seconds) for task, right, loss, size in found]
 
-    def features_for(self, line: str) -> Features:
-        """What a line of the multi-task tables is trained on."""
-        if not MANY[line].all_layers:
-            return self.features
-        if self._of_all_layers is None:
-            self._of_all_layers = self._load(n_upper=0)
-        return self._of_all_layers
+    def material(self, line: str) -> Material:
+        """What a line of the multi-task tables is trained and tested on."""
+        return self._material(MANY[line].instruction, MANY[line].all_layers)
+
+    def _material(self, instruction: bool, all_layers: bool) -> Material:
+        key = (instruction, all_layers)
+        if key not in self._materials:
+            source, s = self._source, self.settings
+            tasks = _cut(load_tasks(source.data, source.held_out, instruction), s)
+            rows = [row for rows in (*tasks.known.values(), *tasks.held_out.values()) for row in rows]
+            texts = [text for row in rows for text in (row.text, *row.options)]
+            n_upper = 0 if all_layers else s.upper_layers
+            features = load_features(texts, source.outputs, source.model, n_upper, s.max_length)
+            self._materials[key] = Material(tasks, features)
+        return self._materials[key]
 
     def file(self, line: str, rates: str, seed: int, steps: int) -> Path:
         """Where a trained adapter is kept."""
@@ -96,7 +107,8 @@ class Run:
 
     def adapter(self, line: str, text: str, seed: int, steps: int) -> Adapter:
         """A method trained on all tasks with the rates of `text`: read from its file, or trained and written there."""
-        names, rates, features = list(self.tasks.known), Rates.parse(text), self.features_for(line)
+        (tasks, features), rates = self.material(line), Rates.parse(text)
+        names = list(tasks.known)
         adapter = build(MANY[line].method, rates.scale, features.upper, names, seed)
         if not adapter.parameters():
             return adapter
@@ -108,7 +120,7 @@ class Run:
                 return adapter
             s = self.settings
             torch.manual_seed(seed)  # of the routers' noise
-            rows = batches(self.tasks, steps, s.tasks_per_step, s.rows_per_task, seed)
+            rows = batches(tasks, steps, s.tasks_per_step, s.rows_per_task, seed)
             train(adapter, features, rows, steps, rates)
             learned = {name: p.detach() for name, p in adapter.model.named_parameters() if p.requires_grad}
             staging = path.with_suffix(f".{os.getpid()}")
@@ -119,9 +131,9 @@ class Run:
     def _many(self, unit: Unit) -> Found:
         adapter = self.adapter(unit.line, unit.rates, unit.seed, unit.steps)
         split = "validation" if unit.stage == "tune" else "test"
-        for task in self.tasks.known:
-            rows = self.tasks.rows(task, split)
-            yield task, *accuracy(adapter, self.features_for(unit.line), rows), adapter.n_trainable
+        tasks, features = self.material(unit.line)
+        for task in tasks.known:
+            yield task, *accuracy(adapter, features, tasks.rows(task, split)), adapter.n_trainable
 
     def _few(self, unit: Unit) -> Found:
         """Each held-out task by itself: a copy of what was trained on the known tasks meets it."""
