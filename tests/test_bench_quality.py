@@ -433,6 +433,7 @@ class TestReport:
         names = (
             "quality",
             "quality-long",
+            "quality-longer",
             "quality-deep",
             "quality-bare",
             "quality-few",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -74,6 +75,7 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     tables = {
         "All tasks together": report.many_table(plan),
         "The same, three times as long": report.many_table(plan, "long"),
+        "The same, nine times as long": report.many_table(plan, "longer"),
         "The same, all layers adapted": report.many_table(plan, "deep"),
         "The same, texts without their instruction": report.many_table(plan, "bare"),
         "A new task": report.few_table(plan),
@@ -84,9 +86,9 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     if not report.multi_task(plan):
         return
     report.plot(plan, path.with_suffix(".png"))
-    best, trained_long = (routing.best_routed(plan, table) for table in ("main", "long"))
+    best, *longer = (routing.best_routed(plan, table) for table in ("main", "long", "longer"))
     looked = routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png")) if best else []
-    looked += routing.look(run, plan, trained_long) if trained_long else []
+    looked += [row for line in longer if line for row in routing.look(run, plan, line)]
     if looked:
         console.print(_printed("What the routers learned", looked))
     if args.docs:
@@ -94,9 +96,11 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
 
 
 def _printed(title: str, rows: list[dict]) -> Table:
-    table = Table(*rows[0], title=title)
+    """For a terminal: without what the documentation has room for."""
+    columns = [column for column in rows[0] if column not in report.SETTINGS]
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for row in rows:
-        table.add_row(*(str(cell).replace("**", "") for cell in row.values()))
+        table.add_row(*(str(row[column]).replace("**", "") for column in columns))
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .methods import Method
 from .rates import Rates
@@ -14,7 +15,6 @@ __all__ = [
     "FEW",
     "FEW_REFERENCE",
     "FEW_SHOWN",
-    "LONG_REFERENCE",
     "MANY",
     "OTHER_SIZES",
     "REFERENCE",
@@ -52,10 +52,10 @@ class Line:
 
     @property
     def table(self) -> str:
-        """Which table it belongs to: main, long (more steps), deep (all layers) or bare (no instruction)."""
-        if self.all_layers:
-            return "deep"
-        return "long" if self.times > 1 else "main" if self.instruction else "bare"
+        """Which one it belongs to: main, long or longer (more steps), deep (all layers), bare (no instruction)."""
+        if self.times > 1:
+            return {3: "long", 9: "longer"}[self.times]
+        return "deep" if self.all_layers else "main" if self.instruction else "bare"
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,15 @@ def _grid(
 
 
 REFERENCE = "shared LoRA"  # what the others are compared with
-LONG_REFERENCE = "shared LoRA, 3 x the steps"
-DEEP_REFERENCE = "shared LoRA, all layers"
-BARE_REFERENCE = "shared LoRA, no instruction"
-REFERENCES = {"main": REFERENCE, "long": LONG_REFERENCE, "deep": DEEP_REFERENCE, "bare": BARE_REFERENCE}  # by table
+DEEP_REFERENCE = f"{REFERENCE}, all layers"
+BARE_REFERENCE = f"{REFERENCE}, no instruction"
+REFERENCES = {  # by table
+    "main": REFERENCE,
+    "long": f"{REFERENCE}, 3 x the steps",
+    "longer": f"{REFERENCE}, 9 x the steps",
+    "deep": DEEP_REFERENCE,
+    "bare": BARE_REFERENCE,
+}
 BEST = "MHR, 4 splits"  # what the variants are variants of
 SKILL_SIZED = "shared LoRA, rank of one skill"
 OTHER_SIZES = ("no adapter", SKILL_SIZED, "no adapter, no instruction")  # all others fit the budget
@@ -118,16 +123,21 @@ MANY = {
     'MHR, init_weights="mhr"': replace(_variant, method=replace(_mhr, init="mhr")),
     "MHR, router per block": replace(_variant, method=replace(_mhr, granularity="block")),
     "MHR, router for the model": replace(_variant, method=replace(_mhr, granularity="model")),
-    LONG_REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), like=REFERENCE, times=3),
-    "LoRA per task, 3 x the steps": Line(Method("per task"), Rates(3e-3, 0, 4), like="LoRA per task", times=3),
-    "Poly, 3 x the steps": replace(_routed, method=replace(_mhr, splits=1), grid=(), like="Poly", times=3),
-    "MHR, 4 splits, 3 x the steps": replace(_variant, times=3),
-    DEEP_REFERENCE: Line(Method("lora", r=0), Rates(3e-3, 0, 1), like=REFERENCE, all_layers=True),
-    "MHR, 4 splits, all layers": replace(_variant, all_layers=True),
 }
 
-for _line in ("no adapter", "LoRA per task", REFERENCE, "Poly", BEST):
-    MANY[f"{_line}, no instruction"] = replace(MANY[_line], grid=(), like=_line, instruction=False)
+
+def _under(other: str, condition: dict[str, Any], *lines: str) -> dict[str, Line]:
+    """The same lines under another condition, with the rates that they have without it."""
+    return {f"{line}, {other}": replace(MANY[line], grid=(), like=line, **condition) for line in lines}
+
+
+_four = (REFERENCE, "LoRA per task", "Poly", BEST)
+MANY |= {
+    **_under("3 x the steps", {"times": 3}, *_four),
+    **_under("9 x the steps", {"times": 9}, *_four),
+    **_under("all layers", {"all_layers": True}, REFERENCE, BEST),
+    **_under("no instruction", {"instruction": False}, "no adapter", *_four),
+}
 
 _all = Way(BEST, init="mean", verb="train_all", rates=Rates(1e-3, 0.1), grid=_grid((3e-4, 1e-3, 3e-3), (0.1,), (0.0,)))
 _z = Way(BEST, init="mean", verb="train_router_only", rates=Rates(0, 0.3), grid=_grid((0.0,), (0.1, 0.3, 1.0), (0.0,)))

@@ -58,6 +58,7 @@ class Plan:
         if s.extra:
             yield from self._many("deep")
             yield from self._many("bare")
+            yield from self._many("longer")
 
     def _many(self, table: str) -> Iterator[Slot]:
         for seed in self.settings.seeds:

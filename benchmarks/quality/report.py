@@ -16,6 +16,7 @@ from .statistics import Difference, compare, mean_and_error
 from .store import Result, Unit
 
 __all__ = [
+    "SETTINGS",
     "Accuracies",
     "few_shot",
     "few_table",
@@ -27,6 +28,7 @@ __all__ = [
     "write",
 ]
 
+SETTINGS = ("parameters", "numbers that learn", "rate", "router", "scale", "seeds")  # columns that are no results
 Accuracies = dict[int, dict[str, float]]  # by seed and task
 Table = list[dict[str, Any]]
 
@@ -192,7 +194,7 @@ def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
     about = markdown.about(command)
     tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
     tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
-    tables |= {f"quality-{table}": many_table(plan, table) for table in ("long", "deep", "bare")}
+    tables |= {f"quality-{table}": many_table(plan, table) for table in REFERENCES if table != "main"}
     last = few_shot(plan, plan.settings.shots[-1])
     if last:
         tables["quality-few-tasks"] = task_table(last, FEW_SHOWN)

@@ -21,7 +21,7 @@ class Settings:
         tune_seed: of the runs that rates are chosen by, on validation rows.
         tune: choose rates; else those that `lines` has.
         tune_steps: of those runs: half as many, for they are many.
-        extra: the tables of long training and of all layers, too.
+        extra: the tables of longer training, of all layers and of texts without instructions, too.
         few_steps, few_batch: of training on a few rows.
         shots: numbers of those rows.
         draws: how often they are drawn.
