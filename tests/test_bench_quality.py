@@ -449,7 +449,7 @@ class TestReport:
         assert "old" not in text
         assert all(f"| {line} |" in text for line in MANY)
         assert " ± " in text
-        for picture in ("quality.png", "quality-routing.png"):
+        for picture in ("quality.png", "quality-steps.png", "quality-routing.png"):
             assert (tmp_path / picture).stat().st_size > 1000
 
     def test_the_command_says_which_tasks_it_leaves_out(self, source, run, finished, tmp_path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import report, routing
+from . import plots, report, routing
 from .data import HELD_OUT
 from .plan import Plan
 from .runs import Run, Source
@@ -85,7 +85,9 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
             console.print(_printed(title, rows))
     if not report.multi_task(plan):
         return
-    report.plot(plan, path.with_suffix(".png"))
+    plots.plot_tables(plan, path.with_suffix(".png"))
+    if report.multi_task(plan, "long"):
+        plots.plot_steps(plan, path.with_name(f"{path.name}-steps.png"))
     best, *longer = (routing.best_routed(plan, table) for table in ("main", "long", "longer"))
     looked = routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png")) if best else []
     looked += [row for line in longer if line for row in routing.look(run, plan, line)]

@@ -1,4 +1,4 @@
-"""From results to what the documentation shows: tables, a plot, and a look at the routing of the best run."""
+"""From results to the tables of the documentation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from .. import results as markdown
-from .lines import FEW, FEW_REFERENCE, FEW_SHOWN, MANY, REFERENCE, REFERENCES, SHOWN
+from .lines import FEW, FEW_REFERENCE, FEW_SHOWN, MANY, REFERENCES, SHOWN
 from .plan import Plan
 from .rates import Rates
 from .statistics import Difference, compare, mean_and_error
@@ -22,7 +22,6 @@ __all__ = [
     "few_table",
     "many_table",
     "multi_task",
-    "plot",
     "task_table",
     "tuning_table",
     "write",
@@ -148,45 +147,6 @@ def _against(found: dict[str, Accuracies], line: str, reference: str) -> dict[st
     error = "" if math.isnan(d.error) else f" ± {d.error:.1f}"
     counts = f"{d.better} / {d.equal} / {d.worse}"
     return {head: f"{d.mean:+.1f}{error}", "tasks better / equal / worse": counts, "sign test": f"p = {d.p:.2g}"}
-
-
-def plot(plan: Plan, path: Path) -> None:
-    """Means and their errors, of every line of both tables, seeds as dots."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    shots = plan.settings.shots[-1]
-    panels = [
-        ("all tasks together, test accuracy in %", multi_task(plan), REFERENCE),
-        (f"a new task from {shots} rows, test accuracy in %", few_shot(plan, shots), FEW_REFERENCE),
-    ]
-    panels = [panel for panel in panels if panel[1]]
-    heights = [len(found) for _, found, _ in panels]
-    figure, all_axes = plt.subplots(
-        len(panels),
-        1,
-        figsize=(7.5, 1.4 + 0.3 * sum(heights)),
-        layout="constrained",
-        height_ratios=heights,
-        squeeze=False,
-    )
-    for axes, (title, found, reference) in zip(all_axes[:, 0], panels, strict=True):
-        for place, (line, accuracies) in enumerate(found.items()):
-            means = [fmean(tasks.values()) for tasks in accuracies.values()]
-            mean, error = mean_and_error(means)
-            colour = "#1d4ed8" if "Poly" in line or "MHR" in line else "#6b7280"
-            axes.errorbar(mean, place, xerr=0 if math.isnan(error) else error, fmt="o", color=colour, capsize=3)
-            axes.plot(means, [place] * len(means), ".", color=colour, alpha=0.35)
-            if line == reference:
-                axes.axvline(mean, color="#9ca3af", linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(found)), list(found), fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlabel(title)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:

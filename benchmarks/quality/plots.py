@@ -1,0 +1,86 @@
+"""Pictures of the results: all lines of a table, and accuracy against steps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+from .lines import BEST, FEW_REFERENCE, MANY, REFERENCE, REFERENCES
+from .plan import Plan
+from .report import Accuracies, few_shot, multi_task
+from .statistics import mean_and_error
+
+__all__ = ["plot_steps", "plot_tables"]
+
+ROUTED, OTHER = "#1d4ed8", "#6b7280"
+STYLES = {  # of the lines that are trained longer
+    REFERENCE: {"color": OTHER, "marker": "o"},
+    "LoRA per task": {"color": OTHER, "marker": "s", "linestyle": "--"},
+    "Poly": {"color": ROUTED, "marker": "^", "linestyle": "--"},
+    BEST: {"color": ROUTED, "marker": "o"},
+}
+
+
+def _over_seeds(accuracies: Accuracies) -> tuple[float, float, list[float]]:
+    """Mean, standard error (0 for one seed), and each seed's mean over the tasks."""
+    means = [fmean(tasks.values()) for tasks in accuracies.values()]
+    mean, error = mean_and_error(means)
+    return mean, 0.0 if math.isnan(error) else error, means
+
+
+def plot_tables(plan: Plan, path: Path) -> None:
+    """Means and their errors, of every line of both tables, seeds as dots."""
+    shots = plan.settings.shots[-1]
+    panels = [
+        ("all tasks together, test accuracy in %", multi_task(plan), REFERENCE),
+        (f"a new task from {shots} rows, test accuracy in %", few_shot(plan, shots), FEW_REFERENCE),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    heights = [len(found) for _, found, _ in panels]
+    size = (7.5, 1.4 + 0.3 * sum(heights))
+    figure, all_axes = plt.subplots(
+        len(panels), 1, figsize=size, layout="constrained", height_ratios=heights, squeeze=False
+    )
+    for axes, (title, found, reference) in zip(all_axes[:, 0], panels, strict=True):
+        for place, (line, accuracies) in enumerate(found.items()):
+            mean, error, means = _over_seeds(accuracies)
+            colour = ROUTED if "Poly" in line or "MHR" in line else OTHER
+            axes.errorbar(mean, place, xerr=error, fmt="o", color=colour, capsize=3)
+            axes.plot(means, [place] * len(means), ".", color=colour, alpha=0.35)
+            if line == reference:
+                axes.axvline(mean, color="#9ca3af", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(found)), list(found), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(title)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_steps(plan: Plan, path: Path) -> None:
+    """Accuracy against steps, of the lines that are trained longer, too."""
+    found = {line: values for table in REFERENCES for line, values in multi_task(plan, table).items()}
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    steps = set()
+    for base, style in STYLES.items():
+        lines = [line for line in found if line == base or (MANY[line].like == base and MANY[line].times > 1)]
+        points = [(plan.settings.steps * MANY[line].times, *_over_seeds(found[line])[:2]) for line in lines]
+        if points:
+            x, y, errors = zip(*points, strict=True)
+            steps.update(x)
+            axes.errorbar(x, y, yerr=errors, label=base, capsize=3, **style)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(steps), sorted(steps), minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("steps of training on all tasks together")
+    axes.set_ylabel("test accuracy in %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
