@@ -23,7 +23,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import lines, report, routing, workers
 from benchmarks.quality.data import batches, draw, families, load_tasks
 from benchmarks.quality.encoder import Upper, load_features
-from benchmarks.quality.lines import FEW, MANY, REFERENCES
+from benchmarks.quality.lines import FEW, FEW_REFERENCES, MANY, REFERENCES
 from benchmarks.quality.methods import Method, build
 from benchmarks.quality.plan import Plan
 from benchmarks.quality.ranker import TEMPERATURE, scores
@@ -276,7 +276,8 @@ class TestRunning:
     def test_all_methods_of_a_seed_come_before_the_next_seed(self, finished):
         done = list(finished.store.done)
         tables = {table: [u for u in done if u.stage == "many" and MANY[u.line].table == table] for table in REFERENCES}
-        for units in (*tables.values(), [u for u in done if u.stage == "few"]):
+        few = ([u for u in done if u.stage == "few" and FEW[u.line].table == table] for table in FEW_REFERENCES)
+        for units in (*tables.values(), *few):
             seeds = [unit.seed for unit in units]
             assert seeds == sorted(seeds)
             assert set(seeds) == {0, 1}
@@ -302,6 +303,17 @@ class TestRunning:
             unit: [dataclasses.replace(r, seconds=0) for r in results] for unit, results in finished.store.done.items()
         }
         assert last in again
+
+    @pytest.mark.parametrize("kept", [5, 20, 40, 70])
+    def test_a_torn_row_spoils_no_other_wherever_it_was_cut(self, tmp_path, kept):
+        store = Store(tmp_path / "quality.csv")
+        units = [Unit("s", "many", "a line, with a comma", f"0.{n} 0 1", "0 0 0", 0, 5) for n in range(1, 4)]
+        for unit in units[:2]:
+            store.add(unit, [Result("t", 1.0, 2.0, 3, 4.0)])
+        *whole, torn = store.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        store.path.write_text("".join(whole) + torn[:kept], encoding="utf-8")
+        Store(store.path).add(units[2], [Result("t", 5.0, 6.0, 7, 8.0)])
+        assert list(Store(store.path).done) == [units[0], units[2]]
 
     def test_an_adapter_whose_file_is_lost_is_trained_again_as_it_was(self, run, finished):
         unit = next(unit for unit in finished.store.done if (unit.stage, unit.line) == ("few", "MHR-mu"))
@@ -437,6 +449,7 @@ class TestReport:
             "quality-deep",
             "quality-bare",
             "quality-few",
+            "quality-few-longer",
             "quality-tuning",
             "quality-tasks",
             "quality-routing",

@@ -79,6 +79,7 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
         "The same, all layers adapted": report.many_table(plan, "deep"),
         "The same, texts without their instruction": report.many_table(plan, "bare"),
         "A new task": report.few_table(plan),
+        "A new task, after nine times as long": report.few_table(plan, "longer"),
     }
     for title, rows in tables.items():
         if rows:

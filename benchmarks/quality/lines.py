@@ -14,6 +14,7 @@ __all__ = [
     "DEEP_REFERENCE",
     "FEW",
     "FEW_REFERENCE",
+    "FEW_REFERENCES",
     "FEW_SHOWN",
     "MANY",
     "OTHER_SIZES",
@@ -82,6 +83,11 @@ class Way:
     grid: tuple[Rates, ...] = ()
     like: str = ""
 
+    @property
+    def table(self) -> str:
+        """Which one it belongs to: main, or that of adapters that were trained longer."""
+        return MANY[self.source].table if self.source else "main"
+
 
 def _grid(
     lrs: tuple[float, ...], router_lrs: tuple[float, ...] = (0.0,), scales: tuple[float, ...] = (1.0,)
@@ -144,6 +150,7 @@ _z = Way(BEST, init="mean", verb="train_router_only", rates=Rates(0, 0.3), grid=
 _mu = Way(BEST, init="mean", verb="average_skills", rates=Rates(3e-3), grid=_grid((1e-3, 3e-3, 1e-2), scales=(0.0,)))
 _zero = Way(BEST, init="mean", verb="train_router_only", learns=False)
 FEW_REFERENCE = "shared LoRA, trained on"
+FEW_REFERENCES = {"main": FEW_REFERENCE, "longer": f"{FEW_REFERENCE}, 9 x the steps"}  # by table
 
 FEW = {
     "before: no adapter": Way(learns=False),
@@ -162,6 +169,17 @@ FEW = {
     "MHR-z, row uniform": replace(_z, init="uniform", grid=(), like="MHR-z, row of the mean"),
     "MHR-z, row of the nearest task": replace(_z, init="nearest", grid=(), like="MHR-z, row of the mean"),
     "MHR-mu": _mu,
+}
+FEW |= {
+    f"{way}, 9 x the steps": replace(FEW[way], source=f"{FEW[way].source}, 9 x the steps", grid=(), like=way)
+    for way in (
+        "before: shared LoRA",
+        "before: MHR, row of the mean",
+        FEW_REFERENCE,
+        "MHR, row of the mean",
+        "MHR-z, row of the mean",
+        "MHR-mu",
+    )
 }
 
 # Task by task, in the documentation.

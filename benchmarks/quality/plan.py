@@ -7,8 +7,9 @@ Rates come from the tuning runs, so a unit can only be named once those are done
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import fmean
 from typing import Optional
 
@@ -50,15 +51,15 @@ class Plan:
             for way in FEW:
                 for rates in FEW[way].grid:
                     yield Slot("tune few", way, s.seeds[0], s.shots[0], s.draws, rates)  # a draw that no table has
-        yield from self._few(s.seeds[0])
+        yield from self._few("main", s.seeds[:1])
         if s.extra:
             yield from self._many("long")
-        for seed in s.seeds[1:]:
-            yield from self._few(seed)
+        yield from self._few("main", s.seeds[1:])
         if s.extra:
             yield from self._many("deep")
             yield from self._many("bare")
             yield from self._many("longer")
+            yield from self._few("longer", s.seeds)
 
     def _many(self, table: str) -> Iterator[Slot]:
         for seed in self.settings.seeds:
@@ -66,15 +67,12 @@ class Plan:
                 if MANY[line].table == table:
                     yield Slot("many", line, seed)
 
-    def _few(self, seed: int) -> Iterator[Slot]:
-        for way in FEW:
-            if not FEW[way].learns:
-                yield Slot("few", way, seed)
-        for draw in range(self.settings.draws):
-            for shots in self.settings.shots:
-                for way in FEW:
-                    if FEW[way].learns:
-                        yield Slot("few", way, seed, shots, draw)
+    def _few(self, table: str, seeds: Sequence[int]) -> Iterator[Slot]:
+        ways = [way for way in FEW if FEW[way].table == table]
+        for seed in seeds:
+            yield from (Slot("few", way, seed) for way in ways if not FEW[way].learns)
+            for draw, shots in product(range(self.settings.draws), self.settings.shots):
+                yield from (Slot("few", way, seed, shots, draw) for way in ways if FEW[way].learns)
 
     def next(self, running: Container[Unit] = ()) -> Optional[Unit]:
         """The first unit that is neither done nor running, and has all that it needs; None if there is none now."""

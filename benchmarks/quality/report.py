@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from .. import results as markdown
-from .lines import FEW, FEW_REFERENCE, FEW_SHOWN, MANY, REFERENCES, SHOWN
+from .lines import FEW, FEW_REFERENCES, FEW_SHOWN, MANY, REFERENCES, SHOWN
 from .plan import Plan
 from .rates import Rates
 from .statistics import Difference, compare, mean_and_error
@@ -40,14 +40,14 @@ def multi_task(plan: Plan, table: str = "main") -> dict[str, Accuracies]:
     return {line: found[line] for line in MANY if line in found and MANY[line].table == table}
 
 
-def few_shot(plan: Plan, shots: int) -> dict[str, Accuracies]:
-    """The same for the few-shot table: medians over the draws, of those seeds that have all of them."""
+def few_shot(plan: Plan, shots: int, table: str = "main") -> dict[str, Accuracies]:
+    """The same for a few-shot table: medians over the draws, of those seeds that have all of them."""
     drawn: dict[str, dict[int, list[list[Result]]]] = {}
     for unit, results in _done(plan, "few"):
         if unit.shots in (0, shots):
             drawn.setdefault(unit.line, {}).setdefault(unit.seed, []).append(results)
     found: dict[str, Accuracies] = {}
-    for way in FEW:
+    for way in (way for way in FEW if FEW[way].table == table):
         draws = plan.settings.draws if FEW[way].learns else 1
         for seed, runs in sorted(drawn.get(way, {}).items()):
             if len(runs) == draws:
@@ -77,14 +77,14 @@ def many_table(plan: Plan, table: str = "main") -> Table:
     return rows
 
 
-def few_table(plan: Plan) -> Table:
+def few_table(plan: Plan, table: str = "main") -> Table:
     """A way each: what learns, and mean accuracy at each number of rows."""
     sizes = {unit.line: results[0].parameters for unit, results in _done(plan, "few")}
     rates = {unit.line: Rates.parse(unit.rates) for unit, _ in _done(plan, "few")}
-    by_shots = {shots: few_shot(plan, shots) for shots in plan.settings.shots}
+    by_shots = {shots: few_shot(plan, shots, table) for shots in plan.settings.shots}
     rows = []
     for way in FEW:
-        if way not in sizes:
+        if way not in sizes or FEW[way].table != table:
             continue
         row: dict[str, Any] = {"way": way, "numbers that learn": f"{sizes[way]:,}", **_shown(rates[way])}
         row.pop("scale")
@@ -92,7 +92,7 @@ def few_table(plan: Plan) -> Table:
             row[f"{shots} rows"] = _mean(found[way]) if way in found else ""
         last = by_shots[plan.settings.shots[-1]]
         row["seeds"] = len(last.get(way, {}))
-        rows.append({**row, **_against(last, way, FEW_REFERENCE)})
+        rows.append({**row, **_against(last, way, FEW_REFERENCES[table])})
     return rows
 
 
@@ -154,6 +154,7 @@ def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
     about = markdown.about(command)
     tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
     tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
+    tables["quality-few-longer"] = few_table(plan, "longer")
     tables |= {f"quality-{table}": many_table(plan, table) for table in REFERENCES if table != "main"}
     last = few_shot(plan, plan.settings.shots[-1])
     if last:

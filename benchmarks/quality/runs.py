@@ -139,7 +139,7 @@ class Run:
         """Each held-out task by itself: a copy of what was trained on the known tasks meets it."""
         way, rates, s = FEW[unit.line], Rates.parse(unit.rates), self.settings
         if way.source:
-            trained = self.adapter(way.source, unit.source, unit.seed, self.settings.steps)
+            trained = self.adapter(way.source, unit.source, unit.seed, s.steps * MANY[way.source].times)
         else:
             trained = build(way.method, rates.scale, self.features.upper, list(self.tasks.known), unit.seed)
         split = "validation" if unit.stage == "tune few" else "test"

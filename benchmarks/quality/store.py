@@ -79,9 +79,11 @@ class Store:
         found: dict[Unit, list[Result]] = defaultdict(list)
         sizes: dict[Unit, int] = {}
         text = self.path.read_text(encoding="utf-8")
-        for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
-            if None in row.values() or None in row:
+        for line in text[: text.rfind("\n") + 1].splitlines()[1:]:
+            values = next(csv.reader([line]))  # each line by itself: a torn one may end inside of quotation marks
+            if len(values) != len(COLUMNS):
                 continue
+            row = dict(zip(COLUMNS, values, strict=True))
             unit = Unit(**{name: _typed(Unit, name, row[name]) for name in UNIT})
             result = Result(**{name: _typed(Result, name, row[name]) for name in RESULT})
             if all(result.task != other.task for other in found[unit]):
