@@ -1,4 +1,4 @@
-"""Results as rows of one CSV file that is only ever appended to: what is in it is done, and a killed run goes on."""
+"""Results as rows of one CSV file that only grows: what is in it is done, and a killed run goes on."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Store:
         text = self.path.read_text(encoding="utf-8")
         for line in text[: text.rfind("\n") + 1].splitlines()[1:]:
             values = next(csv.reader([line]))  # each line by itself: a torn one may end inside of quotation marks
-            if len(values) != len(COLUMNS):
+            if len(values) != len(COLUMNS) or "" in values:
                 continue
             row = dict(zip(COLUMNS, values, strict=True))
             unit = Unit(**{name: _typed(Unit, name, row[name]) for name in UNIT})
@@ -95,18 +95,24 @@ class Store:
         """Append a unit's rows in one write."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        if not self.path.exists() or not self.path.stat().st_size:
+        if not self._whole_size():
             writer.writerow(COLUMNS)
-        elif not self.path.read_bytes().endswith(b"\n"):
-            buffer.write("\n")  # ends the torn row of a run that was killed
         writer.writerows([*astuple(unit), len(results), *astuple(result)] for result in results)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(file, buffer.getvalue().encode())
         finally:
             os.close(file)
         self.done[unit] = results
+
+    def _whole_size(self) -> int:
+        """Bytes of the file, once the torn row that a killed run may have left is cut off."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return 0
+        size = self.path.read_bytes().rfind(b"\n") + 1
+        os.truncate(self.path, size)
+        return size
 
 
 def _typed(cls: type, name: str, text: str) -> str | int | float:
