@@ -68,6 +68,9 @@ bench bench-quick:
 	@echo "There are no benchmarks to run yet (benchmarks/)."
 endif
 
+ifeq ($(filter bench-quality,$(MAKECMDGOALS))$(DATA),bench-quality)
+$(error name the folder of the tasks: make bench-quality DATA=folder)
+endif
 bench-quality: $(VENV)/.test ## measure accuracy against LoRAs on the tasks of a folder: DATA=path, BENCH_ARGS=--quick
 	$(BIN)/python -m benchmarks.quality --data $(DATA) $(BENCH_ARGS)
 

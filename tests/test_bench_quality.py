@@ -132,6 +132,11 @@ class TestData:
             assert [row.label for row in bare.tasks.known[task]] == [row.label for row in rows]
         assert len(bare.features.upper.layer) == TINY.upper_layers
 
+    def test_a_folder_without_tasks_is_an_error(self, tmp_path):
+        for folder in (tmp_path, tmp_path / "nowhere"):
+            with pytest.raises(ValueError, match=f"{folder.name} is no folder with"):
+                load_tasks(folder)
+
     def test_an_unknown_held_out_task_is_an_error(self, source):
         with pytest.raises(ValueError, match=r"Held-out tasks \['nothing'\] are not in"):
             load_tasks(source.data, ["nothing"])
@@ -452,6 +457,7 @@ class TestReport:
             "quality-few-longer",
             "quality-tuning",
             "quality-tasks",
+            "quality-tasks-longer",
             "quality-routing",
             "quality-few-tasks",
         )

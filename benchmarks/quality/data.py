@@ -60,13 +60,16 @@ def load_tasks(folder: Path, held_out: Sequence[str] = HELD_OUT, instruction: bo
     """The tasks of a folder, each text with or without its instruction.
 
     Raises:
-        ValueError: a row lacks a key, an answer is not among its options, a held-out name is unknown, a task has no
-            row in a split, or no task is left to train.
+        ValueError: the folder has no such files, a row lacks a key, an answer is not among its options, a held-out name
+            is unknown, a task has no row in a split, or no task is left to train.
     """
     tasks: dict[str, list[Row]] = {}
     category: dict[str, str] = {}
     skipped: dict[str, None] = {}
-    for file in sorted(folder.glob("*.jsonl")):
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{folder} is no folder with *.jsonl files, the schema of examples/data.")
+    for file in files:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             found = json.loads(line)
             if missing := KEYS - found.keys():

@@ -156,8 +156,9 @@ def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
     tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
     tables["quality-few-longer"] = few_table(plan, "longer")
     tables |= {f"quality-{table}": many_table(plan, table) for table in REFERENCES if table != "main"}
-    last = few_shot(plan, plan.settings.shots[-1])
-    if last:
+    if longer := multi_task(plan, "longer"):
+        tables["quality-tasks-longer"] = task_table(longer, list(longer))
+    if last := few_shot(plan, plan.settings.shots[-1]):
         tables["quality-few-tasks"] = task_table(last, FEW_SHOWN)
     for name, rows in tables.items():
         if rows:
