@@ -110,7 +110,7 @@ SKILL_SIZED = "shared LoRA, rank of one skill"
 OTHER_SIZES = ("no adapter", SKILL_SIZED, "no adapter, no instruction")  # all others fit the budget
 
 _mhr = Method("poly", splits=4, noise=False)
-_GRID = _grid((3e-3,), (0.03, 0.1, 0.3, 1.0), (8.0,))
+_GRID = _grid((3e-3,), (0.03, 0.1, 0.3, 1.0), (8.0,)) + _grid((1e-3,), (0.3,), (8.0,))
 _routed = Line(_mhr, Rates(3e-3, 0.3, 8), _GRID)
 _variant = replace(_routed, grid=(), like=BEST)
 
@@ -123,7 +123,7 @@ MANY = {
     "Poly": replace(_routed, method=replace(_mhr, splits=1)),
     BEST: _routed,
     "MHR, 8 splits": replace(_routed, method=replace(_mhr, splits=8)),
-    "MHR, one rate": Line(_mhr, Rates(3e-3, 0, 8), _grid((3e-3, 6e-3, 1e-2), scales=(8.0,))),
+    "MHR, one rate": Line(_mhr, Rates(3e-3, 0, 8), _grid((1e-3, 3e-3, 6e-3, 1e-2), scales=(8.0,))),
     "MHR, scale 1": Line(_mhr, Rates(1e-2, 0.3, 1), _grid((3e-3, 1e-2, 3e-2), (0.3,))),
     "MHR, noise": replace(_variant, method=replace(_mhr, noise=True)),
     'MHR, init_weights="mhr"': replace(_variant, method=replace(_mhr, init="mhr")),
@@ -146,8 +146,12 @@ MANY |= {
 }
 
 _all = Way(BEST, init="mean", verb="train_all", rates=Rates(1e-3, 0.1), grid=_grid((3e-4, 1e-3, 3e-3), (0.1,), (0.0,)))
-_z = Way(BEST, init="mean", verb="train_router_only", rates=Rates(0, 0.3), grid=_grid((0.0,), (0.1, 0.3, 1.0), (0.0,)))
-_mu = Way(BEST, init="mean", verb="average_skills", rates=Rates(3e-3), grid=_grid((1e-3, 3e-3, 1e-2), scales=(0.0,)))
+_z = Way(
+    BEST, init="mean", verb="train_router_only", rates=Rates(0, 0.3), grid=_grid((0.0,), (0.1, 0.3, 1.0, 3.0), (0.0,))
+)
+_mu = Way(
+    BEST, init="mean", verb="average_skills", rates=Rates(1e-3), grid=_grid((3e-4, 1e-3, 3e-3, 1e-2), scales=(0.0,))
+)
 _zero = Way(BEST, init="mean", verb="train_router_only", learns=False)
 FEW_REFERENCE = "shared LoRA, trained on"
 FEW_REFERENCES = {"main": FEW_REFERENCE, "longer": f"{FEW_REFERENCE}, 9 x the steps"}  # by table
@@ -157,7 +161,7 @@ FEW = {
     "before: shared LoRA": Way(REFERENCE, learns=False),
     "before: MHR, row of the mean": _zero,
     "before: MHR, average of the skills": replace(_zero, verb="average_skills"),
-    "LoRA from scratch": Way(method=Method("lora", r=0), rates=Rates(3e-3, 0, 1), grid=_grid((1e-3, 3e-3, 1e-2))),
+    "LoRA from scratch": Way(method=Method("lora", r=0), rates=Rates(1e-3, 0, 1), grid=_grid((3e-4, 1e-3, 3e-3, 1e-2))),
     FEW_REFERENCE: Way(REFERENCE, rates=Rates(1e-3), grid=_grid((3e-4, 1e-3, 3e-3), scales=(0.0,))),
     "Poly": replace(_all, source="Poly"),
     "Poly-z": replace(_z, source="Poly"),
