@@ -449,6 +449,7 @@ class TestReport:
         docs = tmp_path / "quality.md"
         names = (
             "quality",
+            "quality-variants",
             "quality-long",
             "quality-longer",
             "quality-deep",
@@ -478,6 +479,16 @@ class TestReport:
         command.main(["--data", str(source.data), "--held-out", "later", "--report-only", *folders])
         assert "have no options to choose from: free" in capsys.readouterr().out
         assert (tmp_path / "quality.png").exists()
+
+
+def test_settings_of_the_router_are_compared_with_the_router_that_they_change(finished):
+    found = report.multi_task(finished)
+    rows = {row["method"]: row for row in report.variant_table(finished)}
+    assert set(rows) == {line for line in found if MANY[line].method.kind == "poly"} - {lines.BEST}
+    means = {line: [fmean(tasks.values()) for tasks in found[line].values()] for line in found}
+    for line, row in rows.items():
+        difference = fmean(means[line]) - fmean(means[lines.BEST])
+        assert row["less MHR, 4 splits"].startswith(f"{round(difference, 1):+.1f} ")
 
 
 def test_one_seed_has_no_error_bar_and_says_so(finished):

@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     tables = {
         "All tasks together": report.many_table(plan),
+        "Settings of the router": report.variant_table(plan),
         "The same, three times as long": report.many_table(plan, "long"),
         "The same, nine times as long": report.many_table(plan, "longer"),
         "The same, all layers adapted": report.many_table(plan, "deep"),

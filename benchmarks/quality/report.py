@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from .. import results as markdown
-from .lines import FEW, FEW_REFERENCES, FEW_SHOWN, MANY, REFERENCES, SHOWN
+from .lines import BEST, FEW, FEW_REFERENCES, FEW_SHOWN, MANY, REFERENCES, SHOWN
 from .plan import Plan
 from .rates import Rates
 from .statistics import Difference, compare, mean_and_error
@@ -24,6 +24,7 @@ __all__ = [
     "multi_task",
     "task_table",
     "tuning_table",
+    "variant_table",
     "write",
 ]
 
@@ -75,6 +76,13 @@ def many_table(plan: Plan, table: str = "main") -> Table:
         row = {"method": line, "parameters": f"{sizes[line]:,}", **_shown(rates[line]), "accuracy": _mean(accuracies)}
         rows.append({**row, "seeds": len(accuracies), **_against(found, line, REFERENCES[table])})
     return rows
+
+
+def variant_table(plan: Plan) -> Table:
+    """What each setting of the routed adapter does: the paired difference from `lines.BEST`."""
+    found = multi_task(plan)
+    lines = [line for line in found if line != BEST and MANY[line].method.kind == "poly"] if BEST in found else []
+    return [{"method": line, "accuracy": _mean(found[line]), **_against(found, line, BEST, BEST)} for line in lines]
 
 
 def few_table(plan: Plan, table: str = "main") -> Table:
@@ -139,8 +147,10 @@ def _mean(accuracies: Accuracies) -> str:
     return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
 
 
-def _against(found: dict[str, Accuracies], line: str, reference: str) -> dict[str, str]:
-    head = "less the shared LoRA"
+def _against(
+    found: dict[str, Accuracies], line: str, reference: str, called: str = "the shared LoRA"
+) -> dict[str, str]:
+    head = f"less {called}"
     if line == reference or line not in found or reference not in found or not found[line].keys() & found[reference]:
         return {head: "", "tasks better / equal / worse": "", "sign test": ""}
     d: Difference = compare(found[line], found[reference])
@@ -154,6 +164,7 @@ def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
     about = markdown.about(command)
     tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
     tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
+    tables["quality-variants"] = variant_table(plan)
     tables["quality-few-longer"] = few_table(plan, "longer")
     tables |= {f"quality-{table}": many_table(plan, table) for table in REFERENCES if table != "main"}
     if longer := multi_task(plan, "longer"):
