@@ -74,9 +74,10 @@ def main(argv: list[str] | None = None) -> None:
 def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     tables = {
         "All tasks together": report.many_table(plan),
-        "Settings of the router": report.variant_table(plan),
+        "Settings of the router": report.best_table(plan),
         "The same, three times as long": report.many_table(plan, "long"),
         "The same, nine times as long": report.many_table(plan, "longer"),
+        "Less MHR, nine times as long": report.best_table(plan, "longer"),
         "The same, all layers adapted": report.many_table(plan, "deep"),
         "The same, texts without their instruction": report.many_table(plan, "bare"),
         "A new task": report.few_table(plan),
@@ -90,9 +91,10 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     plots.plot_tables(plan, path.with_suffix(".png"))
     if report.multi_task(plan, "long"):
         plots.plot_steps(plan, path.with_name(f"{path.name}-steps.png"))
-    best, *longer = (routing.best_routed(plan, table) for table in ("main", "long", "longer"))
-    looked = routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png")) if best else []
-    looked += [row for line in longer if line for row in routing.look(run, plan, line)]
+    looked = []
+    for table in ("main", "long", "longer"):  # the picture is of the last, the longest trained
+        if best := routing.best_routed(plan, table):
+            looked += routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png"))
     if looked:
         console.print(_printed("What the routers learned", looked))
     if args.docs:

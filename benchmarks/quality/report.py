@@ -18,13 +18,13 @@ from .store import Result, Unit
 __all__ = [
     "SETTINGS",
     "Accuracies",
+    "best_table",
     "few_shot",
     "few_table",
     "many_table",
     "multi_task",
     "task_table",
     "tuning_table",
-    "variant_table",
     "write",
 ]
 
@@ -78,11 +78,14 @@ def many_table(plan: Plan, table: str = "main") -> Table:
     return rows
 
 
-def variant_table(plan: Plan) -> Table:
-    """What each setting of the routed adapter does: the paired difference from `lines.BEST`."""
-    found = multi_task(plan)
-    lines = [line for line in found if line != BEST and MANY[line].method.kind == "poly"] if BEST in found else []
-    return [{"method": line, "accuracy": _mean(found[line]), **_against(found, line, BEST, BEST)} for line in lines]
+def best_table(plan: Plan, table: str = "main") -> Table:
+    """Paired differences from `lines.BEST`: of its variants in the main table, of all lines in another."""
+    found = multi_task(plan, table)
+    best = next((line for line in found if line == BEST or (MANY[line].like == BEST and table != "main")), "")
+    lines = [line for line in found if line != best and (table != "main" or MANY[line].method.kind == "poly")]
+    if not best:
+        return []
+    return [{"method": line, "accuracy": _mean(found[line]), **_against(found, line, best, BEST)} for line in lines]
 
 
 def few_table(plan: Plan, table: str = "main") -> Table:
@@ -164,7 +167,7 @@ def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
     about = markdown.about(command)
     tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
     tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
-    tables["quality-variants"] = variant_table(plan)
+    tables |= {"quality-variants": best_table(plan), "quality-longer-best": best_table(plan, "longer")}
     tables["quality-few-longer"] = few_table(plan, "longer")
     tables |= {f"quality-{table}": many_table(plan, table) for table in REFERENCES if table != "main"}
     if longer := multi_task(plan, "longer"):

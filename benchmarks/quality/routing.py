@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +29,8 @@ def best_routed(plan: Plan, table: str = "main") -> str:
     return max(found, key=lambda line: fmean(fmean(found[line][seed].values()) for seed in seeds))
 
 
-def look(run: Run, plan: Plan, line: str, picture: Optional[Path] = None) -> list[dict[str, Any]]:
-    """A row for each seed of a line; the heat map and the tree of the first one go into `picture`, if given.
+def look(run: Run, plan: Plan, line: str, picture: Path) -> list[dict[str, Any]]:
+    """A row for each seed of a line; the heat map and the tree of the first one go into `picture`.
 
     Families are what names begin with (`data.families`), among the tasks that have kin; categories are what the rows
     say, among those that have company.
@@ -44,7 +44,7 @@ def look(run: Run, plan: Plan, line: str, picture: Optional[Path] = None) -> lis
         if not run.file(line, unit.rates, unit.seed, unit.steps).exists():
             continue
         routing = read_routing(run.adapter(line, unit.rates, unit.seed, unit.steps).model)
-        if picture is not None and not rows:
+        if not rows:
             save_plots(routing, picture)
         metrics = mean_metrics(routing)
         row = {
