@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks are no part 
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import lines, report, routing, workers
-from benchmarks.quality.data import batches, draw, families, load_tasks
+from benchmarks.quality.data import Row, batches, chance, draw, families, load_tasks
 from benchmarks.quality.encoder import Upper, load_features
 from benchmarks.quality.lines import FEW, FEW_REFERENCES, MANY, REFERENCES
 from benchmarks.quality.methods import Method, build
@@ -131,6 +131,19 @@ class TestData:
             assert [f"{instruction} {row.text}" for row in bare.tasks.known[task]] == [row.text for row in rows]
             assert [row.label for row in bare.tasks.known[task]] == [row.label for row in rows]
         assert len(bare.features.upper.layer) == TINY.upper_layers
+
+    def test_a_line_that_is_no_json_is_an_error_that_names_it(self, tmp_path):
+        folder = write_tasks(tmp_path / "data")
+        with (folder / "count.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"task": "count", \n')
+        with pytest.raises(ValueError, match=r"count.jsonl, line 21: this is no JSON"):
+            load_tasks(folder, ())
+
+    def test_chance_is_the_commonest_answer_or_a_guess(self):
+        labels = [Row("t", "x", ("yes", "no"), label, "test") for label in (0, 0, 0, 1)]
+        turned = Row("t", "x", ("no", "yes"), 1, "test")
+        assert chance([*labels, turned]) == 80
+        assert chance([Row("t", "x", ("a", "b"), 0, "test"), Row("t", "x", ("c", "d", "e", "f"), 0, "test")]) == 37.5
 
     def test_a_folder_without_tasks_is_an_error(self, tmp_path):
         for folder in (tmp_path, tmp_path / "nowhere"):
@@ -469,6 +482,7 @@ class TestReport:
         text = docs.read_text(encoding="utf-8")
         assert "old" not in text
         assert all(f"| {line} |" in text for line in MANY)
+        assert "| task | chance |" in text
         assert " ± " in text
         for picture in ("quality.png", "quality-steps.png", "quality-routing.png"):
             assert (tmp_path / picture).stat().st_size > 1000

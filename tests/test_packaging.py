@@ -155,7 +155,7 @@ class TestMakefile:
 
     @pytest.mark.parametrize("verb", VERBS)
     def test_every_verb_runs_and_is_listed(self, verb):
-        assert self.commands(verb)
+        assert self.commands(verb, "DATA=a-folder")
         assert re.search(rf"^{verb} +\w", run("make", "--no-print-directory", cwd=ROOT), re.MULTILINE)
 
     @pytest.mark.parametrize("verb", ["demo", "test", "quality", "style", "docs"])
@@ -165,6 +165,11 @@ class TestMakefile:
         places = [next(i for i, line in enumerate(lines) if part in line) for part in order]
         assert places == sorted(places)
         assert places[-1] < len(lines) - 1
+
+    def test_the_quality_benchmark_asks_for_its_folder(self):
+        made = subprocess.run(["make", "-n", "bench-quality"], cwd=ROOT, capture_output=True, text=True)
+        assert made.returncode != 0
+        assert "make bench-quality DATA=folder" in made.stderr
 
     def test_the_tests_run_on_two_workers_of_one_thread_each(self):
         *_, last = self.commands("test", "PYTEST_ARGS=tests/test_router.py").splitlines()

@@ -13,7 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import logging
+
+if __name__ in ("__main__", "__mp_main__"):
+    logging.disable(logging.WARNING)  # what PEFT imports says in each process what it lacks, into the progress bar
+
 import argparse
+import json
 import warnings
 from pathlib import Path
 
@@ -23,8 +29,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .. import results
 from . import plots, report, routing
-from .data import HELD_OUT
+from .data import HELD_OUT, chance
 from .plan import Plan
 from .runs import Run, Source
 from .settings import FULL, QUICK
@@ -56,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     source = Source(args.data, tuple(args.held_out), args.model, args.outputs, QUICK if args.quick else FULL)
+    console.print(f"Tasks of {args.data}; their hidden states, if not in {args.outputs}, take a minute or two")
     try:
         run = Run(source)
     except ValueError as error:
@@ -66,8 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"{len(tasks.known)} tasks, {len(tasks.held_out)} held out, setup {run.setup}")
     if tasks.skipped:
         console.print(f"Left out, for their rows have no options to choose from: {', '.join(tasks.skipped)}")
+    done = plan.done()
+    console.print(f"{done} of {len(plan.slots)} units are in {plan.store.path}")
     if not args.report_only:
         run_all(plan, source, args.workers, console)
+    if plan.done() > done:
+        (args.results / f"{name}.json").write_text(json.dumps(results.about("make bench-quality")), encoding="utf-8")
     _report(args, run, plan, args.results / name)
 
 
@@ -97,14 +109,26 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
             looked += routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png"))
     if looked:
         console.print(_printed("What the routers learned", looked))
+    else:
+        console.print(f"No look at the routers: the adapters of these results are not in {args.outputs}.")
     if args.docs:
-        report.write(args.docs, plan, "make bench-quality", looked)
+        rows = {**run.tasks.known, **run.tasks.held_out}
+        guesses = {task: chance(run.tasks.rows(task, "test")) for task in rows}
+        measured = path.with_suffix(".json")
+        about = (
+            json.loads(measured.read_text(encoding="utf-8"))
+            if measured.exists()
+            else results.about("make bench-quality")
+        )
+        report.write(args.docs, plan, about, looked, guesses)
 
 
 def _printed(title: str, rows: list[dict]) -> Table:
     """For a terminal: without what the documentation has room for."""
     columns = [column for column in rows[0] if column not in report.SETTINGS]
-    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(str(row[column]).replace("**", "") for column in columns))
     return table

@@ -7,12 +7,14 @@ options (generation) are left out: a ranker can only choose.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from statistics import fmean
 
-__all__ = ["HELD_OUT", "Row", "Tasks", "batches", "draw", "families", "load_tasks"]
+__all__ = ["HELD_OUT", "Row", "Tasks", "batches", "chance", "draw", "families", "load_tasks"]
 
 # Of the data set that the documentation describes; `--held-out` names those of another folder.
 HELD_OUT = (
@@ -60,8 +62,8 @@ def load_tasks(folder: Path, held_out: Sequence[str] = HELD_OUT, instruction: bo
     """The tasks of a folder, each text with or without its instruction.
 
     Raises:
-        ValueError: the folder has no such files, a row lacks a key, an answer is not among its options, a held-out name
-            is unknown, a task has no row in a split, or no task is left to train.
+        ValueError: the folder has no such files, a line is no JSON, a row lacks a key, an answer is not among its
+            options, a held-out name is unknown, a task has no row in a split, or no task is left to train.
     """
     tasks: dict[str, list[Row]] = {}
     category: dict[str, str] = {}
@@ -71,7 +73,10 @@ def load_tasks(folder: Path, held_out: Sequence[str] = HELD_OUT, instruction: bo
         raise ValueError(f"{folder} is no folder with *.jsonl files, the schema of examples/data.")
     for file in files:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            found = json.loads(line)
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file.name}, line {number}: this is no JSON: {error}.") from error
             if missing := KEYS - found.keys():
                 raise ValueError(f"{file.name}, line {number}: the row lacks {sorted(missing)}.")
             if not found["options"]:
@@ -132,6 +137,13 @@ def draw(tasks: Tasks, task: str, shots: int, number: int) -> list[Row]:
     if len(rows) < shots:
         raise ValueError(f"Task {task!r} has {len(rows)} training rows, fewer than the {shots} to draw.")
     return Random(f"draw {task} {number}").sample(rows, shots)
+
+
+def chance(rows: Sequence[Row]) -> float:
+    """Per cent right without reading: the commonest answer if all rows have the same options, else that of guessing."""
+    if len({frozenset(row.options) for row in rows}) > 1:
+        return 100 * fmean(1 / len(row.options) for row in rows)
+    return 100 * max(Counter(row.options[row.label] for row in rows).values()) / len(rows)
 
 
 def families(names: Sequence[str]) -> dict[str, str]:

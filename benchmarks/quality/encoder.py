@@ -146,7 +146,7 @@ def _write(path: Path, texts: list[str], encoder: nn.Module, tokenizer: Any, max
     ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     lengths = np.array([len(tokens) for tokens in ids])
     starts = np.concatenate([[0], lengths.cumsum()])
-    staging = path.with_suffix(f".{os.getpid()}.npy")
+    staging = path.with_suffix(".part.npy")  # one name, under a lock: what a killed run left is overwritten
     width = encoder.config.hidden_size
     states = np.lib.format.open_memmap(staging, "w+", np.float16, (int(starts[-1]), width))
     order = np.argsort(lengths, kind="stable")

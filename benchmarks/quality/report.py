@@ -107,14 +107,15 @@ def few_table(plan: Plan, table: str = "main") -> Table:
     return rows
 
 
-def task_table(found: dict[str, Accuracies], lines: list[str]) -> Table:
-    """Accuracy of some lines task by task, mean over the seeds; the best in bold."""
+def task_table(found: dict[str, Accuracies], lines: list[str], chance: dict[str, float]) -> Table:
+    """Accuracy of some lines task by task, mean over the seeds; the best in bold. What chance has comes first."""
     lines = [line for line in lines if line in found]
     rows = []
     for task in next(iter(found[lines[0]].values())):
         means = {line: fmean(tasks[task] for tasks in found[line].values()) for line in lines}
         best = max(means.values())
-        rows.append({"task": task} | {line: f"**{m:.1f}**" if m == best else f"{m:.1f}" for line, m in means.items()})
+        row = {"task": task, "chance": f"{chance[task]:.1f}"}
+        rows.append(row | {line: f"**{m:.1f}**" if m == best else f"{m:.1f}" for line, m in means.items()})
     return rows
 
 
@@ -162,18 +163,17 @@ def _against(
     return {head: f"{d.mean:+.1f}{error}", "tasks better / equal / worse": counts, "sign test": f"p = {d.p:.2g}"}
 
 
-def write(docs: Path, plan: Plan, command: str, routing: Table) -> None:
-    """Replace the tables of a Markdown file, each between its markers."""
-    about = markdown.about(command)
+def write(docs: Path, plan: Plan, about: dict[str, str], routing: Table, chance: dict[str, float]) -> None:
+    """Replace the tables of a Markdown file, each between its markers; `about`: when and where they were measured."""
     tables = {"quality": many_table(plan), "quality-few": few_table(plan), "quality-tuning": tuning_table(plan)}
-    tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN), "quality-routing": routing}
+    tables |= {"quality-tasks": task_table(multi_task(plan), SHOWN, chance), "quality-routing": routing}
     tables |= {"quality-variants": best_table(plan), "quality-longer-best": best_table(plan, "longer")}
     tables["quality-few-longer"] = few_table(plan, "longer")
     tables |= {f"quality-{table}": many_table(plan, table) for table in REFERENCES if table != "main"}
     if longer := multi_task(plan, "longer"):
-        tables["quality-tasks-longer"] = task_table(longer, list(longer))
+        tables["quality-tasks-longer"] = task_table(longer, list(longer), chance)
     if last := few_shot(plan, plan.settings.shots[-1]):
-        tables["quality-few-tasks"] = task_table(last, FEW_SHOWN)
+        tables["quality-few-tasks"] = task_table(last, FEW_SHOWN, chance)
     for name, rows in tables.items():
         if rows:
             markdown.write_table(docs, name, rows, about, list(rows[0]))

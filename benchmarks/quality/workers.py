@@ -22,9 +22,11 @@ _run: Optional[Run] = None  # of a worker process
 
 def _start(source: Source) -> None:
     import torch
+    import transformers
 
     global _run
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()  # it would be drawn into that of the parent
     _run = Run(source)
 
 

@@ -43,12 +43,12 @@ class PolyConfig(PeftConfig):
         n_splits (`int`): Number of splits (heads). Must divide the in- and out-features of every adapted layer.
         task_names (`list[str]`, *optional*): A name for each task, usable wherever an id goes. Sets `n_tasks`.
         lora_alpha (`float`): The update is scaled by `lora_alpha / r`. The default is that of PEFT's own Poly, and at
-            the learning rate of a LoRA it hardly moves. `r * n_skills` is what did best on real tasks (the page
-            on quality of the documentation).
+            the learning rate of a LoRA it hardly moves. `r * n_skills` did best on real tasks (the page on
+            quality of the documentation).
         lora_dropout (`float`): Dropout on the input of the adapter while training.
         router_temperature (`float`): Temperature of the relaxed Bernoulli; 1 as in the papers.
         router_noise (`bool`): True: training samples the relaxed Bernoulli. False: training uses the sigmoid too, as
-            the MHR recipe for T0 does; on the real tasks of the page on quality that was a point better.
+            the MHR recipe for T0 does.
         router_granularity (`"layer" | "block" | "model"`): One router per adapted layer, per repeated block, or for
             the whole model. Layers outside any repeated block keep their own under `"block"`.
 
