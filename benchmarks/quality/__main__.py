@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import logging
 
 if __name__ in ("__main__", "__mp_main__"):
-    logging.disable(logging.WARNING)  # what PEFT imports says in each process what it lacks, into the progress bar
+    logging.disable(logging.WARNING)  # what PEFT imports says what it lacks
 
 import argparse
 import json

@@ -37,7 +37,7 @@ def _work(unit: Unit) -> list[Result]:
 
 def run_all(plan: Plan, source: Source, workers: int, console: Console) -> None:
     """Carry out what the plan still lacks; a unit's rows are written as soon as it is done."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PEFT_POLY_QUIET": "1"}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     running: dict[Unit, Future[list[Result]]] = {}
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (source,))
