@@ -11,6 +11,7 @@ from .rates import Rates
 __all__ = [
     "BARE_REFERENCE",
     "BEST",
+    "BESTS",
     "DEEP_REFERENCE",
     "FEW",
     "FEW_REFERENCE",
@@ -106,6 +107,7 @@ REFERENCES = {  # by table
     "bare": BARE_REFERENCE,
 }
 BEST = "MHR, 4 splits"  # what the variants are variants of
+BESTS = {"main": BEST, "longer": f"{BEST}, 9 x the steps"}  # by table
 SKILL_SIZED = "shared LoRA, rank of one skill"
 OTHER_SIZES = ("no adapter", SKILL_SIZED, "no adapter, no instruction")  # all others fit the budget
 

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from .. import results as markdown
-from .lines import BEST, FEW, FEW_REFERENCES, FEW_SHOWN, MANY, REFERENCES, SHOWN
+from .lines import BEST, BESTS, FEW, FEW_REFERENCES, FEW_SHOWN, MANY, REFERENCES, SHOWN
 from .plan import Plan
 from .rates import Rates
 from .statistics import Difference, compare, mean_and_error
@@ -79,12 +79,11 @@ def many_table(plan: Plan, table: str = "main") -> Table:
 
 
 def best_table(plan: Plan, table: str = "main") -> Table:
-    """Paired differences from `lines.BEST`: of its variants in the main table, of all lines in another."""
-    found = multi_task(plan, table)
-    best = next((line for line in found if line == BEST or (MANY[line].like == BEST and table != "main")), "")
-    lines = [line for line in found if line != best and (table != "main" or MANY[line].method.kind == "poly")]
-    if not best:
+    """Paired differences from `lines.BESTS`: of its variants in the main table, of all lines in the other."""
+    found, best = multi_task(plan, table), BESTS[table]
+    if best not in found:
         return []
+    lines = [line for line in found if line != best and (table != "main" or MANY[line].method.kind == "poly")]
     return [{"method": line, "accuracy": _mean(found[line]), **_against(found, line, best, BEST)} for line in lines]
 
 

@@ -95,7 +95,7 @@ class Store:
         """Append a unit's rows in one write."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        if not self._whole_size():
+        if not self._cut_torn_row():
             writer.writerow(COLUMNS)
         writer.writerows([*astuple(unit), len(results), *astuple(result)] for result in results)
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -105,8 +105,8 @@ class Store:
             os.close(file)
         self.done[unit] = results
 
-    def _whole_size(self) -> int:
-        """Bytes of the file, once the torn row that a killed run may have left is cut off."""
+    def _cut_torn_row(self) -> int:
+        """Cut off what a killed run may have left of a row; how many bytes the file has then."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return 0

@@ -76,7 +76,7 @@ def _check_names(trainer: Any, tuner: PolyModel) -> None:
 
 
 def _checking_checkpoint(method: Callable) -> Callable:
-    """The weights of a checkpoint are loaded into the adapter that is there, whatever order its tasks have."""
+    """As `loading.load_adapter` does, which FSDP and DeepSpeed do not come by; and before anything is loaded."""
 
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

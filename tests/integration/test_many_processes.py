@@ -221,18 +221,17 @@ def test_accelerate_reads_the_config_and_knows_each_of_its_keys(name):
     assert (config.distributed_type.value, config.num_processes, config.mixed_precision) == (KINDS[name], 2, "no")
 
 
-@pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
-def test_the_settings_of_fsdp_are_ones_of_its_launcher(name):
+@pytest.mark.parametrize(
+    ("name", "section", "expected"),
+    [
+        ("fsdp1", "fsdp_config", {"fsdp_version": 1, "fsdp_state_dict_type": "FULL_STATE_DICT"}),
+        ("fsdp2", "fsdp_config", {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}),
+        ("zero2", "deepspeed_config", {"zero_stage": 2}),
+        ("zero3", "deepspeed_config", {"zero_stage": 3}),
+    ],
+)
+def test_the_settings_of_fsdp_and_deepspeed_are_ones_of_the_launcher(name, section, expected):
     options = {action.dest for action in launch_command_parser()._actions}
-    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["fsdp_config"]
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))[section]
     assert settings.keys() <= options
-    assert settings["fsdp_version"] == int(name[-1])
-    assert settings["fsdp_state_dict_type"] == "FULL_STATE_DICT"
-
-
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_the_settings_of_deepspeed_are_ones_of_its_launcher(name):
-    options = {action.dest for action in launch_command_parser()._actions}
-    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["deepspeed_config"]
-    assert settings.keys() <= options
-    assert settings["zero_stage"] == int(name[-1])
+    assert {key: settings[key] for key in expected} == expected
