@@ -51,7 +51,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"peft_poly": ["py.typed"]},
-    entry_points={"console_scripts": ["peft-poly = peft_poly.cli:main"]},
+    entry_points={"console_scripts": ["peft-poly = peft_poly.cli.commands:main"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.3",

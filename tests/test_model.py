@@ -14,7 +14,7 @@ from tiny import CASES, MLP, TASKS, bert, first, llama, t5
 from torch import nn
 
 from peft_poly import Linear, PolyConfig, PolyLayer, PolyModel
-from peft_poly.tasks import TaskContext
+from peft_poly.tasks.context import TaskContext
 
 
 def layers(model: nn.Module) -> dict[str, PolyLayer]:

@@ -275,7 +275,7 @@ def test_this_peft_is_fit():
 
 def test_all_that_the_package_takes_from_inside_peft_is_checked_at_import():
     checked = {(module, name.split(".")[0]) for module, names in compat.FOOTING.items() for name in names}
-    for path in Path(compat.__file__).parent.glob("*.py"):
+    for path in Path(compat.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft."):
                 taken = {(node.module, alias.name) for alias in node.names}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_poly.analysis import mean_metrics, read_routing, task_similarity
+from peft_poly.insight import mean_metrics, read_routing, task_similarity
 
 from .data import families
 from .lines import MANY
@@ -35,7 +35,7 @@ def look(run: Run, plan: Plan, line: str, picture: Path) -> list[dict[str, Any]]
     Families are what names begin with (`data.families`), among the tasks that have kin; categories are what the rows
     say, among those that have company.
     """
-    from peft_poly.plots import save_plots
+    from peft_poly.insight import save_plots
 
     rows: list[dict[str, Any]] = []
     for unit in plan.store.done:

@@ -2,7 +2,7 @@
 
     python docs/images/from_the_tour.py
 
-`python tests/test_tour.py` draws them anew, in the notebook.
+`python tests/project/test_tour.py` draws them anew, in the notebook.
 """
 
 import base64

@@ -8,19 +8,19 @@ from . import compat
 compat.check_peft()
 compat.add_peft_type()
 
-from .choosing import use_task  # noqa: E402
-from .collator import DataCollatorWithTaskIds  # noqa: E402
+from .checkpoints.conversion import convert_checkpoint  # noqa: E402
+from .checkpoints.export import export_lora  # noqa: E402
+from .checkpoints.from_loras import from_loras  # noqa: E402
 from .config import PolyConfig  # noqa: E402
-from .conversion import convert_checkpoint  # noqa: E402
-from .export import export_lora  # noqa: E402
-from .from_loras import from_loras  # noqa: E402
 from .layer import Linear, PolyLayer  # noqa: E402
-from .metrics import PerTaskMetrics  # noqa: E402
 from .model import PolyModel  # noqa: E402
 from .registration import register  # noqa: E402
 from .router import PolyRouter, Router, get_router  # noqa: E402
-from .sampling import TaskSampler, TaskSamplingMixin  # noqa: E402
-from .training import create_poly_optimizer  # noqa: E402
+from .tasks.choosing import use_task  # noqa: E402
+from .training.collator import DataCollatorWithTaskIds  # noqa: E402
+from .training.metrics import PerTaskMetrics  # noqa: E402
+from .training.optimizer import create_poly_optimizer  # noqa: E402
+from .training.sampling import TaskSampler, TaskSamplingMixin  # noqa: E402
 
 __version__ = "0.1.0"
 

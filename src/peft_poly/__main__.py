@@ -1,6 +1,6 @@
 """`python -m peft_poly` is `peft-poly`."""
 
-from .cli import main
+from .cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -21,16 +21,16 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .base_layers import is_linear
+from .compute.base_layers import is_linear
+from .compute.initialisation import draw_skills
+from .compute.kinds.mixing import mix_A, mix_B
+from .compute.merging import merge, unmerge
+from .compute.paths import choose_path
+from .compute.states import evaluating, keep_requires_grad
 from .config import PolyConfig
-from .initialisation import draw_skills
-from .merging import merge, unmerge
-from .mixing import mix_A, mix_B
-from .paths import choose_path
 from .router import Router, get_router
-from .states import evaluating, keep_requires_grad
-from .task_ids import TaskIds
-from .tasks import TaskContext, kept_in_generation
+from .tasks.context import TaskContext, kept_in_generation
+from .tasks.ids import TaskIds
 
 __all__ = ["Linear", "PolyLayer"]
 
@@ -52,6 +52,7 @@ class PolyLayer(BaseTunerLayer):
     """
 
     training: bool
+    prefix = "poly_"  # of every container of adapters, by which PEFT tells them from the base layer
     adapter_layer_names = ("poly_lora_A", "poly_lora_B", "poly_router")
     other_param_names = (
         "r",

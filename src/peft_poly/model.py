@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from peft.config import PeftConfig
@@ -12,17 +12,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
-from .call_weights import CallWeights
-from .choosing import task_contexts
+from .adapter.sharing import router_group, shared_router_keys
+from .adapter.targets import check_architecture, check_target
+from .compute.gradients import let_gradients_pass, warn_of_rounding
+from .compute.kinds.call_weights import CallWeights
+from .compute.states import keep_requires_grad
 from .config import PolyConfig
-from .gradients import let_gradients_pass, warn_of_rounding
 from .layer import Linear, PolyLayer
 from .router import Router, get_router
-from .sharing import router_group, shared_router_keys
-from .states import keep_requires_grad
-from .targets import check_architecture, check_target
-from .task_ids import TaskIds, rows_of_call
-from .tasks import TaskContext, generation
+from .tasks.choosing import task_contexts
+from .tasks.context import TaskContext, generation
+from .tasks.ids import TaskIds, rows_of_call
 from .verbs import TaskVerbs
 
 __all__ = ["PolyModel", "tuner_of"]
@@ -56,7 +56,7 @@ class PolyModel(TaskVerbs, BaseTuner):
     ```
     """
 
-    prefix: str = "poly_"
+    prefix: str = PolyLayer.prefix
     tuner_layer_cls = PolyLayer
     target_module_mapping: dict = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -266,7 +266,11 @@ class PolyModel(TaskVerbs, BaseTuner):
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
         if repeats > 1 and batch is not None:
             batch = batch.repeat(n_rows, repeats)
-        weights = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else CallWeights(self._layers())
+        weights = (
+            None
+            if torch.compiler.is_compiling() or torch.is_grad_enabled()
+            else CallWeights(cast(list[Linear], self._layers()))
+        )
         with self.task_context.use(batch, weights):
             yield
 

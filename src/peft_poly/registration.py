@@ -23,11 +23,11 @@ from peft.peft_model import PeftModel
 from peft.utils import PeftType, register_peft_method
 from transformers import GenerationMixin
 
-from . import loading, saving
+from .checkpoints import loading, saving
 from .config import PolyConfig
 from .model import PolyModel, tuner_of
-from .tasks import generation
-from .trainer import LESSONS
+from .tasks.context import generation
+from .training.trainer import LESSONS
 
 __all__ = ["register"]
 

@@ -11,16 +11,17 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
-from . import adaptation, growth
-from .choosing import use_task
+from .adapter import adaptation, growth
+from .checkpoints.export import export_lora
+from .checkpoints.sharding import check_whole
+from .compute.merging import merged_weight
+from .compute.states import evaluating
 from .config import PolyConfig
 from .layer import Linear
-from .merging import merged_weight
 from .router import PolyRouter
-from .sharding import check_whole
-from .states import evaluating
-from .task_ids import TaskIds, resolve_task
-from .tasks import TaskContext
+from .tasks.choosing import use_task
+from .tasks.context import TaskContext
+from .tasks.ids import TaskIds, resolve_task
 
 __all__ = ["TaskVerbs"]
 
@@ -270,8 +271,6 @@ class TaskVerbs(_Tuner):
             FileExistsError: `save_directory` is not empty, and `overwrite` is False.
             ValueError: there is no such task; several adapters are active and none was named.
         """
-        from .export import export_lora
-
         return export_lora(self, task, save_directory, **kwargs)
 
     # -------------------------------------------------------------------------------------------------- small print

@@ -1,6 +1,6 @@
 """What users do with the Hub, each step in a process of its own: `python hub_steps.py push|load|without FOLDER`.
 
-The client reads the Hub's address when it is imported. Results go to FOLDER, where `test_hub.py` looks at them.
+The client reads the Hub's address when it is imported. Results go to FOLDER, for `integration/test_hub.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ranks run, for `test_many_processes.py`: `torchrun --nproc_per_node 2 ranks_steps.py STEP ... FOLDER`.
+"""For `integration/test_many_processes.py`, what ranks run: `torchrun ... ranks_steps.py STEP ... FOLDER`.
 
 Each step leaves `STEP-RANK.pt` in FOLDER. Rows lie in a fixed order, so that ranks together see the global batches of
 `batches`, and miss tasks: rank 0 has one task, rank 1 two others, and the last task nobody has.

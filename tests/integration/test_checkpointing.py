@@ -40,7 +40,7 @@ def run(model: nn.Module, step, seed: int = 5) -> Grads:
     model = copy.deepcopy(model)
     torch.manual_seed(seed)
     step(model).backward()
-    for context in peft_poly.choosing.task_contexts(model):
+    for context in peft_poly.tasks.choosing.task_contexts(model):
         assert not context._notes
     return gradients(model)
 
@@ -417,5 +417,5 @@ def test_notes_of_graphs_that_are_gone_hold_nothing():
         model(x(seed), task_ids=given).sum().backward()
     model(x(), task_ids=given)  # and one without a backward
     gc.collect()
-    alive = [thing for thing in gc.get_objects() if type(thing) is peft_poly.tasks.TaskBatch]
+    alive = [thing for thing in gc.get_objects() if type(thing) is peft_poly.tasks.context.TaskBatch]
     assert [batch for batch in alive if batch.given is given] == []

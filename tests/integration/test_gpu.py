@@ -153,7 +153,7 @@ class TestWaiting:
 
 @pytest.mark.gpu
 class TestFSDP1:
-    """One rank, which holds all parameters. With two GPUs, `test_many_processes.py` shards, gathers, saves, resumes."""
+    """One rank, which holds all parameters. With two, test_many_processes shards, gathers, saves, resumes."""
 
     def test_it_trains_as_an_unwrapped_model_does(self):
         from torch.distributed.fsdp import FullyShardedDataParallel

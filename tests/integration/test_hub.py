@@ -17,7 +17,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from tiny import TASKS, llama
 
-from peft_poly import saving
+from peft_poly.checkpoints import saving
 
 STEPS = Path(__file__).with_name("hub_steps.py")
 ADAPTER, BASE, LORA = "user/adapter", "user/base", "user/lora"

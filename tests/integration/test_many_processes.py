@@ -1,7 +1,7 @@
 """Two processes on one machine (gloo): DDP and FSDP2 do what one process does on the same global batches.
 
 `ranks_steps.py` has what they run. On CPUs accelerate shards nothing unless `on_cpus.py` tells it to; that patch is
-in these tests alone. FSDP1 does not run on CPUs: `test_gpu.py`.
+in these tests alone. FSDP1 does not run on CPUs: `integration/test_gpu.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,154 @@
+"""Tasks join and leave a trained adapter: router rows are added, removed and renamed, on every layer and the config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Union, cast
+
+import torch
+from torch import nn
+
+from ..config import PolyConfig, check_task_names
+from ..layer import PolyLayer
+from ..router import PolyRouter
+from ..tasks.context import TaskContext
+from ..tasks.ids import resolve_task
+
+__all__ = ["Init", "add_tasks", "remove_tasks", "rename_task"]
+
+Task = Union[int, str]
+Init = Union[str, int, dict[Task, float]]
+
+
+def add_tasks(
+    config: PolyConfig,
+    adapter_name: str,
+    layers: Iterable[PolyLayer],
+    names: Union[Sequence[str], int],
+    init: Init,
+) -> list[int]:
+    """See `PolyModel.add_tasks`. Everything is checked before anything changes."""
+    layers = list(layers)
+    _check_not_merged(layers, adapter_name)
+    count = _check_new_names(config, adapter_name, names)
+    weights = init_weights(init, config, adapter_name)
+    first = config.n_tasks
+
+    def grown(logits: torch.Tensor) -> torch.Tensor:
+        row = weights.to(logits) @ logits
+        return torch.cat([logits, row.expand(count, -1)])
+
+    if config.task_names is not None:
+        config.task_names = [*config.task_names, *cast(Sequence[str], names)]
+    _replace_rows(config, adapter_name, layers, first + count, grown)
+    return list(range(first, first + count))
+
+
+def remove_tasks(
+    config: PolyConfig, adapter_name: str, layers: Iterable[PolyLayer], tasks: Union[Task, Sequence[Task]]
+) -> None:
+    """See `PolyModel.remove_tasks`. Everything is checked before anything changes."""
+    layers = list(layers)
+    _check_not_merged(layers, adapter_name)
+    listed = [tasks] if isinstance(tasks, (int, str)) else list(tasks)
+    gone = {resolve_task(task, config, adapter_name) for task in listed}
+    kept = [task for task in range(config.n_tasks) if task not in gone]
+    if not kept:
+        raise ValueError(
+            f"Removing {listed!r} would leave adapter {adapter_name!r} without a task. Use `delete_adapter` instead."
+        )
+    active = [layer for layer in layers if adapter_name in layer.active_adapters]  # the set task is one of theirs
+    contexts = {id(layer.task_context): layer.task_context for layer in active}.values()
+    defaults = [_default_after(context, config, adapter_name, kept) for context in contexts]
+    for context, default in zip(contexts, defaults, strict=True):
+        context.default = default
+    if config.task_names is not None:
+        config.task_names = [config.task_names[task] for task in kept]
+    _replace_rows(config, adapter_name, layers, len(kept), lambda logits: logits[kept].clone())
+
+
+def rename_task(config: PolyConfig, adapter_name: str, context: TaskContext | None, old: Task, new: str) -> None:
+    """See `PolyModel.rename_task`."""
+    if config.task_names is None:
+        raise ValueError(f"The tasks of adapter {adapter_name!r} have no names, so none can be changed.")
+    task = resolve_task(old, config, adapter_name)
+    names = list(config.task_names)
+    previous, names[task] = names[task], new
+    check_task_names(names)
+    config.task_names = names
+    if context is not None and context.default == previous:
+        context.default = new
+
+
+def init_weights(init: Init, config: PolyConfig, adapter_name: str) -> torch.Tensor:
+    """Weights `(n_tasks,)` over the known tasks' logits that make a new row; all zero is the flat row.
+
+    Raises:
+        ValueError: `init` names no task, or its weights are negative, not finite, or all zero.
+    """
+    weights = torch.zeros(config.n_tasks, dtype=torch.float64)
+    if init == "mean":
+        return weights + 1 / config.n_tasks
+    if init == "uniform":
+        return weights
+    if not isinstance(init, (dict, str, int)) or isinstance(init, bool):
+        raise ValueError(f"`init` must be 'mean', 'uniform', a task, or {{task: weight}}, got {init!r}.")
+    for task, weight in (init if isinstance(init, dict) else {init: 1.0}).items():
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"The weight of task {task!r} in `init` must be a number from 0 up, got {weight!r}.")
+        weights[resolve_task(task, config, adapter_name)] += weight
+    if not weights.sum() > 0:
+        raise ValueError(f"The weights in `init` must not all be zero, got {init!r}. For a flat row pass 'uniform'.")
+    return weights / weights.sum()
+
+
+def _check_new_names(config: PolyConfig, adapter_name: str, names: Union[Sequence[str], int]) -> int:
+    if config.task_names is None:
+        if isinstance(names, bool) or not isinstance(names, int) or names <= 0:
+            raise ValueError(
+                f"The tasks of adapter {adapter_name!r} have no names: pass how many to add, a positive integer, got "
+                f"{names!r}."
+            )
+        return names
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(
+            f"The tasks of adapter {adapter_name!r} have names: pass a list of new ones, such as ['rte'], got "
+            f"{names!r}."
+        )
+    check_task_names(names)
+    taken = sorted(set(names) & set(config.task_names))
+    if taken:
+        raise ValueError(f"Adapter {adapter_name!r} has the task(s) {taken} already. Choose other names.")
+    return len(names)
+
+
+def _check_not_merged(layers: list[PolyLayer], adapter_name: str) -> None:
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(f"Adapter {adapter_name!r} is merged. Call `unmerge_adapter()` before its tasks change.")
+
+
+def _default_after(context: TaskContext, config: PolyConfig, adapter_name: str, kept: list[int]) -> Task | None:
+    """What `set_task` chose, once only the tasks `kept` are there: ids move up, and a task in use cannot go."""
+    if context.default is None:
+        return None
+    task = resolve_task(context.default, config, adapter_name)
+    if task not in kept:
+        raise ValueError(f"Task {context.default!r} is the set task. Call `set_task` with another one, or None, first.")
+    return kept.index(task) if isinstance(context.default, int) else context.default
+
+
+def _replace_rows(
+    config: PolyConfig,
+    adapter_name: str,
+    layers: list[PolyLayer],
+    n_tasks: int,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    routers = {id(layer.poly_router[adapter_name]): layer.poly_router[adapter_name] for layer in layers}
+    for router in cast(Iterable[PolyRouter], routers.values()):
+        old = router.module_logits
+        router.module_logits = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
+    for layer in layers:
+        layer.n_tasks[adapter_name] = n_tasks
+    config.n_tasks = n_tasks

@@ -1,0 +1,91 @@
+"""Which layers can be adapted: those whose `forward` the model really calls, and whose features we know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from torch import nn
+
+from ..compute.base_layers import is_linear
+
+__all__ = ["check_architecture", "check_target"]
+
+# The fused kernels of these models read the weights of these modules and never call them.
+MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+MAMBA_MODULES = {"conv1d", "out_proj"}
+BACKENDS = ("bitsandbytes", "HQQ", "torchao", "GPTQ", "AWQ", "AQLM", "EETQ", "INC", "Transformer Engine")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_architecture(model: nn.Module, target_name: str) -> None:
+    """Raise `ValueError` for a target that its architecture bypasses."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in MAMBA_TYPES and target_name in MAMBA_MODULES:
+        raise ValueError(
+            f"{target_name!r} cannot be adapted in a {model_type} model: its fused kernel reads the weight and never "
+            f"calls the layer. Remove {sorted(MAMBA_MODULES)} from `target_modules`."
+        )
+
+
+def check_target(target: nn.Module, name: str, parent: nn.Module, **quantisation: Any) -> None:
+    """Check that a layer can be adapted.
+
+    Args:
+        target: the layer, or another tuner's layer around it.
+        name: its name in the model.
+        parent: the module that holds it.
+        quantisation: what PEFT's quantisation backends want to know.
+
+    Raises:
+        TypeError: it is no linear layer, or one whose `forward` is never called.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    backend = resolve_quantization_backend(base, **quantisation)
+    advice = "Change `target_modules`, or leave it out with `exclude_modules`."
+    if not is_linear(base, backend):
+        raise TypeError(
+            f"Target module {name} is not supported: it is of type {type(base).__name__}. Supported are "
+            f"`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D` and quantised linear layers. {advice}"
+        )
+    if backend is None and not _is_plain(base):
+        raise TypeError(
+            f"Target module {name} is not supported: it is a quantised {type(base).__name__}, its weight is "
+            f"{_described(base)}, and PEFT has no backend for that. Load the base model unquantised, or quantised with "
+            f"one of {', '.join(BACKENDS)}. {advice}"
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TypeError(
+            f"Target module {name} is not supported: `torch.nn.MultiheadAttention` reads its weight and "
+            f"never calls it, so an adapter would do nothing. {advice}"
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TypeError(
+            f"Target module {name} is not supported: in eval mode the fast path of `torch.nn.TransformerEncoderLayer` "
+            "reads its weight and never calls it. Turn it off with `torch.backends.mha.set_fastpath_enabled(False)` "
+            f"before the adapter is added. {advice}"
+        )
+    if getattr(base, "_hf_tp_plan", None):
+        raise TypeError(
+            f"Target module {name} is not supported: it is sharded by tensor parallelism. Load the base model without "
+            "`tp_plan`, or train with DDP or FSDP."
+        )
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether the weight is the matrix itself: numbers of an ordinary dtype, in a tensor of PyTorch's own."""
+    weight = getattr(base, "weight", None)
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.dtype in DTYPES
+        and type(weight).__module__.partition(".")[0] in ("deepspeed", "torch")  # a shard may be of a class of its own
+    )
+
+
+def _described(base: nn.Module) -> str:
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return "packed into other tensors"
+    return f"a {type(weight).__name__} of {weight.dtype}"

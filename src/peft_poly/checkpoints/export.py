@@ -1,0 +1,308 @@
+"""One task as a plain LoRA: a folder that PEFT, and whatever reads its LoRAs, loads without this package.
+
+    task t ─▶ router (eval) ─▶ A_t (in, r) ─── transposed ─────────────▶ lora_A (r, in)
+                               B_t (r, out) ── transposed, · alpha / r ─▶ lora_B (out, r)       lora_alpha = r
+
+The scale sits in B, so that a reader needs nothing but `W + B A`; the rank is the same in every layer.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import unicodedata
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union, cast
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..compute.states import evaluating
+from ..config import PolyConfig
+from ..layer import PolyLayer
+from ..tasks.ids import resolve_task
+from .sharding import check_whole
+from .staging import staged
+
+__all__ = ["exact_targets", "export_lora", "folder_names", "vllm_command"]
+
+PREFIX = "base_model.model."
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` accepts
+
+
+def export_lora(
+    model: nn.Module,
+    task: Union[int, str, None],
+    save_directory: Union[str, Path],
+    *,
+    adapter_name: Optional[str] = None,
+    overwrite: bool = False,
+) -> Union[Path, dict[str, Path]]:
+    """Write one task as a plain PEFT LoRA of the same rank, with the outputs of the task at eval, or all of them.
+
+    Args:
+        model: the `PeftModel`, its `PolyModel`, or a model that was given its adapter by injection. It may be in
+            training mode, quantised or merged: only the adapter's tensors are read.
+        task: id or name of the task, whose folder `save_directory` becomes. None: every task, each in a subfolder
+            with its name (its id if it has none), and the line with which vLLM serves them all is printed.
+        save_directory: where to write. The tensors have the adapter's dtype.
+        adapter_name: the adapter. Default: the active one.
+        overwrite: replace an existing folder.
+
+    Returns:
+        The folder; for `task=None` the folders by task name (by id, as text, if the tasks have no names).
+
+    Raises:
+        FileExistsError: `save_directory` is not empty, and `overwrite` is False.
+        ValueError: there is no such task or adapter; several adapters are active and none was named; the tensors are
+            not all here (sharded, or on the meta device).
+    """
+    source = _source(model, adapter_name)
+    target = Path(save_directory)
+    names = folder_names(source.config)
+    lora_config, rank, base = _lora_config(source), source.config.r, source.base_name
+    if task is not None:
+        task_id = _task_id(task, source)
+        with staged(target, overwrite) as folder:
+            beside = {names[task_id]: f"./{target.resolve().name}"}
+            _write(source, lora_config, task_id, folder, vllm_command(base, rank, beside))
+        return target
+    with staged(target, overwrite) as folder:
+        command = vllm_command(base, rank, {name: f"./{name}" for name in names})
+        for task_id, name in enumerate(names):
+            _write(source, lora_config, task_id, folder / name, command)
+    print(vllm_command(base, rank, {name: str(target / name) for name in names}))
+    labels = source.config.task_names or names
+    return {label: target / name for label, name in zip(labels, names, strict=True)}
+
+
+# --------------------------------------------------------------------------------------------------------- the source
+@dataclass
+class _Source:
+    """An adapter in a model: `layers` by their names in the base model, and what else was trained with them."""
+
+    adapter: str
+    config: PolyConfig
+    root: nn.Module
+    layers: dict[str, PolyLayer]
+    others: dict[str, torch.Tensor]
+    base_name: Optional[str]
+
+
+def _source(model: nn.Module, adapter_name: Optional[str]) -> _Source:
+    model = getattr(model, "_orig_mod", model)
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    root = tuner.model if isinstance(tuner, BaseTuner) else tuner
+    layers = {name: m for name, m in root.named_modules() if isinstance(m, PolyLayer)}
+    if not layers:
+        raise ValueError(f"This {type(model).__name__} has no task-routed layers, so there is no task to export.")
+    adapter = adapter_name or _only_active(layers.values())
+    layers = {name.replace("_orig_mod.", ""): m for name, m in layers.items() if adapter in m.poly_lora_A}
+    if not layers:
+        raise ValueError(f"There is no task-routed adapter {adapter!r} in this model.")
+    config = next(iter(layers.values())).task_context.configs[adapter]
+    check_whole(root, [adapter], "be exported")
+    for name, layer in layers.items():
+        _check_whole(name, layer, adapter, config)
+    base_name = config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
+    return _Source(adapter, config, root, layers, _other_tensors(tuner, root, adapter), base_name)
+
+
+def _only_active(layers: Iterable[PolyLayer]) -> str:
+    active = {name for layer in layers for name in layer.active_adapters if name in layer.poly_lora_A}
+    if len(active) != 1:
+        state = f"Several adapters are active ({sorted(active)})" if active else "No adapter is active"
+        raise ValueError(f"{state}, and a LoRA folder holds one. Pass `adapter_name=`.")
+    return active.pop()
+
+
+def _check_whole(name: str, layer: PolyLayer, adapter: str, config: PolyConfig) -> None:
+    A, B = layer.poly_lora_A[adapter], layer.poly_lora_B[adapter]
+    h, k, r = config.n_splits, config.n_skills, config.r
+    wanted = ((h, k, layer.in_features // h, r), (h, k, r, layer.out_features // h))
+    found = (tuple(A.shape), tuple(B.shape))
+    if found != wanted or A.is_meta or B.is_meta or hasattr(A, "full_tensor"):
+        where = "meta" if A.is_meta or B.is_meta else A.device.type
+        raise ValueError(
+            f"The tensors of adapter {adapter!r} in {name} are not all here: the config says {wanted}, found {found} "
+            f"on device {where}. A sharded or offloaded adapter must be gathered first: save it, and load it again."
+        )
+
+
+def _other_tensors(tuner: nn.Module, root: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """What PEFT saves with the adapter besides its skills and routers: `modules_to_save`, resized embeddings."""
+    if adapter not in getattr(tuner, "peft_config", {}):
+        return {}
+    prefix = PREFIX if tuner is root else PREFIX.removesuffix("model.")
+    tensors = get_peft_model_state_dict(tuner, adapter_name=adapter)
+    kept = {f"{prefix}{key}": tensor for key, tensor in tensors.items() if f".{PolyLayer.prefix}" not in f".{key}"}
+    if kept:
+        warnings.warn(
+            f"Beside its low-rank pairs the LoRA has {len(kept)} whole tensor(s) of `modules_to_save` or embeddings, "
+            f"such as {min(kept)}. PEFT loads them; some servers, vLLM among them, refuse such an adapter."
+        )
+    return kept
+
+
+def _task_id(task: Any, source: _Source) -> int:
+    if not isinstance(task, (int, str)) or isinstance(task, bool):
+        raise ValueError(f"`task` must be one id, one name, or None for all tasks, got {task!r}.")
+    return resolve_task(task, source.config, source.adapter)
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+def _write(source: _Source, lora_config: LoraConfig, task_id: int, folder: Path, command: str) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file(_tensors(source, task_id), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    base = type(source.root)
+    mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}  # as PEFT's save_pretrained does
+    lora_config.save_pretrained(str(folder), auto_mapping_dict=None if lora_config.task_type else mapping)
+    _card(source, task_id, command).save(folder / "README.md")
+
+
+@torch.no_grad()
+def _tensors(source: _Source, task_id: int) -> dict[str, torch.Tensor]:
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in source.others.items()}
+    for name, layer in source.layers.items():
+        ids = torch.tensor([task_id], device=layer.poly_lora_A[source.adapter].device)
+        with evaluating(cast(nn.Module, layer.poly_router[source.adapter])):
+            A, B = layer.mixed_pair(source.adapter, ids)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A[0].T.contiguous().cpu()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = (B[0].T * layer.scaling[source.adapter]).contiguous().cpu()
+    return tensors
+
+
+def _lora_config(source: _Source) -> LoraConfig:
+    config = source.config
+    saved = sorted(set(config.modules_to_save)) if config.modules_to_save else None
+    return LoraConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=source.base_name,
+        revision=config.revision,
+        inference_mode=True,
+        r=config.r,
+        lora_alpha=config.r,
+        target_modules=exact_targets(source.root, source.layers, saved),
+        modules_to_save=saved,
+        fan_in_fan_out=all(layer.fan_in_fan_out for layer in source.layers.values()),
+    )
+
+
+def exact_targets(
+    model: nn.Module, layers: Iterable[str], modules_to_save: Optional[list[str]] = None
+) -> Union[list[str], str]:
+    """`target_modules` with which PEFT adapts exactly these layers of a model.
+
+    Args:
+        model: the base model, with or without adapters in it.
+        layers: names of the layers.
+        modules_to_save: modules that PEFT leaves out because they are saved as they are.
+
+    Returns:
+        The last parts of the names where those single out the layers, else the full names, else (where a full name is
+        also the ending of another layer's) a regular expression.
+    """
+    wanted = set(layers)
+    modules = dict(model.named_modules())
+    adapters = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, adapters))
+    names = {name.replace("_orig_mod.", "") for name in modules if name and not name.startswith(inside)}
+    for targets in (sorted({name.rpartition(".")[2] for name in wanted}), sorted(wanted)):
+        config = LoraConfig(target_modules=targets, modules_to_save=modules_to_save)
+        if {name for name in names if check_target_module_exists(config, name)} == wanted:
+            return targets
+    return "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def folder_names(config: PolyConfig) -> list[str]:
+    """A folder name for each task: its name where that is safe as one, else a safe form of it, all different.
+
+    They differ in more than upper and lower case, which some file systems do not tell apart.
+
+    ```py
+    >>> folder_names(PolyConfig(task_names=["rte", "glue/sst2", "glue_sst2", "RTE"]))
+    ['rte', 'glue_sst2-1', 'glue_sst2', 'RTE-3']
+    >>> folder_names(PolyConfig(n_tasks=2))
+    ['0', '1']
+
+    ```
+    """
+    names = config.task_names or [str(task) for task in range(config.n_tasks)]
+    safe = [_safe(name) for name in names]
+    taken: dict[str, int] = {}  # first the names that are safe as they are, so that no other task sits under them
+    for task in sorted(range(len(names)), key=lambda task: safe[task] != names[task]):
+        while safe[task].casefold() in taken:
+            safe[task] += f"-{task}"
+        taken[safe[task].casefold()] = task
+    return safe
+
+
+def _safe(name: str) -> str:
+    text = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name))
+    return text.lstrip(".-").rstrip(".")[:80] or "task"
+
+
+def vllm_command(base_model: Optional[str], rank: int, folders: Mapping[str, str]) -> str:
+    """The command line with which vLLM serves LoRAs beside their base model.
+
+    Args:
+        base_model: name of the base model, or None for a placeholder.
+        rank: the LoRAs' rank; vLLM is told the next one it knows.
+        folders: the folder of each LoRA by the name to serve it under.
+    """
+    most = next((known for known in VLLM_RANKS if known >= rank), rank)
+    loras = " ".join(shlex.quote(f"{name}={folder}") for name, folder in folders.items())
+    base = shlex.quote(base_model) if base_model else "BASE_MODEL"
+    return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {loras}"
+
+
+def _card(source: _Source, task_id: int, command: str) -> ModelCard:
+    config, base = source.config, source.root
+    name = " ".join(config.task_names[task_id].split()) if config.task_names else str(task_id)
+    data = ModelCardData(base_model=source.base_name, library_name="peft", tags=["lora", "peft-poly"])
+    lines = ["from peft import PeftModel"]
+    if isinstance(base, PreTrainedModel) and source.base_name:
+        cls = type(base).__name__
+        lines += [f"from transformers import {cls}", "", f'base = {cls}.from_pretrained("{source.base_name}")']
+    else:
+        lines += ["", f"base = ...  # the {type(base).__name__} that the adapter was trained on"]
+    lines += ['model = PeftModel.from_pretrained(base, "...")  # this folder, or the id of its repository']
+    loading = "\n".join(lines)
+    return ModelCard(
+        f"""\
+---
+{data.to_yaml()}
+---
+
+# LoRA of the task {name}
+
+A plain LoRA of rank {config.r}: what a task-routed adapter of {config.n_tasks} task(s) computes for its task \
+{name} (id {task_id}). peft-poly wrote it; nothing but PEFT is needed to load it.
+
+## How to load it
+
+```python
+{loading}
+```
+
+## How to serve it
+
+With vLLM, for models that it knows, from the folder that this one lies in:
+
+```sh
+{command}
+```
+
+Requests name the task as their `model`. `--max-loras` says how many tasks a batch may mix.
+"""
+    )

@@ -1,0 +1,210 @@
+"""The routing of an adapter as plain tensors: read from a model, or from a saved adapter without its base model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Optional, Union, cast
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..adapter.sharing import router_group
+from ..config import PolyConfig
+from ..layer import PolyLayer
+from ..router import PolyRouter, normalise
+from ..tasks.ids import resolve_task
+
+__all__ = ["Routing", "find_file", "read_config", "read_routing"]
+
+CONFIG = "adapter_config.json"
+ROUTER_KEY = "poly_router.module_logits"
+ALL_LAYERS = "all layers"
+KINDS = ("PEFT_POLY", "POLY")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the routers of one adapter say of each task.
+
+    Attributes:
+        task_names: by task id; the ids themselves, as text, where the tasks have no names.
+        weights: mixing weights, `{layer: (t, h, k)}`, float32; each row of skills sums to 1.
+        probabilities: how much a task wants each skill, before normalising, `{layer: (t, h, k)}`, float32 in (0, 1).
+        config: the adapter's config, if known.
+
+    Layers that share a router appear once, under the name of what shares it (a block, or "all layers").
+    """
+
+    task_names: tuple[str, ...]
+    weights: dict[str, torch.Tensor]
+    probabilities: dict[str, torch.Tensor]
+    config: Optional[PeftConfig] = None
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers, in the order of the model (or of the file)."""
+        return list(self.weights)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Numbers of tasks, splits and skills."""
+        return cast(tuple[int, int, int], tuple(next(iter(self.weights.values())).shape))
+
+    def task_id(self, task: Union[int, str]) -> int:
+        """Id of a task given by name, by id, or by id as text.
+
+        Raises:
+            ValueError: there is no such task; the message names the nearest.
+        """
+        if isinstance(task, str) and task not in self.task_names and task.isdecimal():
+            task = int(task)
+        return resolve_task(task, PolyConfig(task_names=list(self.task_names)))
+
+
+def read_routing(source: Union[nn.Module, str, Path], adapter_name: Optional[str] = None, **hub_kwargs: Any) -> Routing:
+    """The routing of a model's adapter, or of a saved one, which needs no base model.
+
+    Args:
+        source: a model with task-routed layers, a folder, or the id of a repository on the Hub. A saved adapter may be
+            one of this package or of PEFT's own Poly.
+        adapter_name: which adapter of the model. Default: its first active one.
+        hub_kwargs: `revision`, `token`, `cache_dir` and the like of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: no adapter is there.
+        ValueError: it is no task-routed adapter, or its weights do not fit its config.
+
+    Example:
+
+    ```py
+    >>> import peft, peft_poly, torch
+    >>> from peft_poly.insight.analysis import read_routing
+    >>> config = peft_poly.PolyConfig(target_modules=["0"], n_skills=4, task_names=["cat", "dog"])
+    >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 2)), config)
+    >>> read_routing(model).shape
+    (2, 1, 4)
+
+    ```
+    """
+    if isinstance(source, nn.Module):
+        return _routing_of_model(source, adapter_name)
+    config = read_config(source, **hub_kwargs)
+    logits = _saved_logits(source, **hub_kwargs)
+    t, h, k = (int(getattr(config, name)) for name in ("n_tasks", "n_splits", "n_skills"))
+    for key, tensor in logits.items():
+        if tensor.isnan().any():
+            raise ValueError(f"The router of {key} in {source} holds NaN, so no routing can be read from it.")
+        if tensor.shape != (t, h * k):
+            raise ValueError(
+                f"The router of {key} in {source} has the shape {tuple(tensor.shape)}, but its adapter_config.json "
+                f"asks for {(t, h * k)}: n_tasks={t}, n_splits={h}, n_skills={k}."
+            )
+    granularity = getattr(config, "router_granularity", "layer")
+    probabilities = {_label(granularity, key): tensor.view(t, h, k).sigmoid() for key, tensor in logits.items()}
+    return _routing(config, probabilities)
+
+
+def read_config(source: Union[str, Path], **hub_kwargs: Any) -> PeftConfig:
+    """The config of a saved adapter, of this package or of PEFT's own Poly; arguments and errors of `read_routing`."""
+    find_file(source, (CONFIG,), **hub_kwargs)
+    try:
+        config = PeftConfig.from_pretrained(str(source), **hub_kwargs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The {CONFIG} of {source} cannot be read: {type(error).__name__}: {error}") from error
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind is None:
+        raise ValueError(f"The {CONFIG} of {source} cannot be read: it has no `peft_type`.")
+    if kind not in KINDS:
+        raise ValueError(f"{source} holds a {kind} adapter, which has no router. Wanted is one of {', '.join(KINDS)}.")
+    return config
+
+
+def _routing_of_model(model: nn.Module, adapter_name: Optional[str]) -> Routing:
+    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, PolyLayer)}
+    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.poly_lora_A))
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no task-routed layer. Add an adapter with a PolyConfig first.")
+    active = [name for layer in layers.values() for name in layer.active_adapters if name in names]
+    name = (active or names)[0] if adapter_name is None else adapter_name
+    if name not in names:
+        raise ValueError(f"There is no task-routed adapter {name!r}. There are: {names}.")
+    probabilities, seen, config = {}, set(), None
+    for key, layer in layers.items():
+        if name in layer.poly_router and id(layer.poly_router[name]) not in seen:
+            router = cast(PolyRouter, layer.poly_router[name])
+            seen.add(id(router))
+            config = layer.task_context.configs[name]
+            logits = router.module_logits.detach().float().cpu()
+            label = _label(config.router_granularity, key.removeprefix("base_model.model."))
+            probabilities[label] = logits.view(-1, router.n_splits, router.n_skills).sigmoid()
+    return _routing(cast(PeftConfig, config), probabilities)
+
+
+def _routing(config: PeftConfig, probabilities: dict[str, torch.Tensor]) -> Routing:
+    names = getattr(config, "task_names", None) or map(str, range(getattr(config, "n_tasks", 0)))
+    return Routing(
+        tuple(names), {key: normalise(p) for key, p in probabilities.items()}, probabilities, copy.copy(config)
+    )
+
+
+def _label(granularity: str, key: str) -> str:
+    group = router_group(granularity, key)
+    return key if group is None else group or ALL_LAYERS
+
+
+def _saved_logits(source: Union[str, Path], **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """The router logits `(t, h * k)` in a checkpoint, float32, by layer; of safetensors nothing else is read."""
+    path = find_file(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **hub_kwargs)
+    try:
+        tensors = _tensors_ending(path, ROUTER_KEY)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path.name} of {source} cannot be read: {error}") from error
+    if not tensors:
+        raise ValueError(f"{path.name} of {source} has no tensor named ...{ROUTER_KEY}: it holds no router.")
+    names = {key: key.removesuffix(f".{ROUTER_KEY}").removeprefix("base_model.model.") for key in tensors}
+    return {names[key]: tensors[key].float() for key in sorted(tensors, key=_natural)}
+
+
+def _tensors_ending(path: Path, ending: str) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key.endswith(ending)}  # noqa: SIM118
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    return {key: tensor for key, tensor in saved.items() if key.endswith(ending)}
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sorts block 10 behind block 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
+
+
+def find_file(source: Union[str, Path], names: Iterable[str], **hub_kwargs: Any) -> Path:
+    """The first of the named files that a folder or Hub repository has; arguments and errors of `read_routing`."""
+    names, folder = tuple(names), Path(source, hub_kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+        inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        hint = f" Its folder(s) {', '.join(inner[:5])} hold one: name that." if inner else ""
+        raise FileNotFoundError(f"There is no {' or '.join(names)} in {folder}.{hint}")
+    for name in names:
+        try:
+            return Path(hf_hub_download(str(source), name, **hub_kwargs))
+        except (OSError, ValueError) as error:  # no such file or repository, offline, or a path that can be no id
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"{str(source)!r} is no folder, and no adapter could be had from the Hub by that id: {reason}"
+            ) from error
+    raise FileNotFoundError(f"The repository {source} on the Hub has no {' or '.join(names)}.")

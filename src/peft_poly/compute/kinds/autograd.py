@@ -1,0 +1,116 @@
+"""The training step of one adapted layer as one autograd node.
+
+    p = sigmoid((z + n) / tau)      w = p / (sum_k p + 1e-12)       (g, h, k)
+    A_t, B_t = mix(w, A), mix(w, B)                                 (g, in, r), (g, r, out)
+    u = x A_t                                                       (g, m, r)
+    y = base + scale * u B_t                                        (g, m, out)
+
+It saves x, u and the routing (w, p), and mixes A_t and B_t again in the backward: what a plain LoRA saves, where plain
+operations would keep a mixed pair per row. Letters as in `mixing`; n is the noise of the relaxed Bernoulli.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional, cast
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ...router import route
+from .mixing import add_in_runs, in_runs, mix_A, mix_B, to_add_to, worth_turning
+
+__all__ = ["PolyUpdate"]
+
+Gradients = tuple[Optional[torch.Tensor], ...]
+
+
+class PolyUpdate(torch.autograd.Function):
+    """`y = base + update`, where `base` is given, or is `F.linear(x, weight, bias)` with a frozen weight.
+
+    With the base product inside the node, its output can be added to in place, and the gradient of x is one sum.
+
+    Not twice differentiable: a second derivative raises.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Optional[torch.Tensor],
+        x: torch.Tensor,
+        weight: Optional[torch.Tensor],
+        bias: Optional[torch.Tensor],
+        A: torch.Tensor,
+        B: torch.Tensor,
+        logits: torch.Tensor,
+        tasks: torch.Tensor,
+        noise: Optional[torch.Tensor],
+        temperature: float,
+        scale: float,
+    ) -> torch.Tensor:
+        """Shapes: base `(b, ..., out)`, x `(b, ..., in)`, weight `(out, in)`, A `(h, k, d, r)`, B `(h, k, r, o)`,
+        logits `(t, h * k)`, tasks `(g,)` for g equal runs of rows, noise `(g, h, k)`; returns `(b, ..., out)`.
+        """
+        w, p = route(logits, tasks, noise, temperature, A.shape[0])
+        if base is None and weight is not None:
+            y = to_add_to(torch.nn.functional.linear(x, weight, bias), owned=True)
+        else:
+            y = to_add_to(cast(torch.Tensor, base), owned=False)
+        turned = worth_turning(x, len(tasks))
+        u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A, turned), mix_B(w, B), scale)
+        ctx.save_for_backward(x, u, w, p, A, B, weight, tasks)
+        ctx.n_tasks, ctx.logits_dtype = logits.shape[0], logits.dtype
+        ctx.temperature, ctx.scale = 1.0 if noise is None else temperature, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
+        """Gradients of x, A, B and logits; those that nobody asked for are not computed."""
+        x, u, w, p, A, B, weight, tasks = ctx.saved_tensors
+        (h, k, d, r), o, g = A.shape, B.shape[-1], len(tasks)
+        needs_x, needs_A, needs_B, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 6))
+        grad_base = grad if ctx.needs_input_grad[0] else None
+        grad_runs = in_runs(grad, g)
+        grad_y = grad_runs if grad.dtype == B.dtype else grad_runs.to(B.dtype)
+        # (g, r, m): the gradient of u, transposed, which is the fast orientation for all that follows
+        grad_u = torch.bmm(mix_B(w, B), grad_y.transpose(1, 2)).mul_(ctx.scale)
+        grad_x = None
+        if needs_x:
+            grad_x = grad_input(grad_runs, grad_u.transpose(1, 2), mix_A(w, A).transpose(1, 2), weight, x.dtype)
+            grad_x = grad_x.view(x.shape)
+        if not (needs_A or needs_B or needs_logits):
+            return grad_base, grad_x, *[None] * 9
+        # gradients of the mixed pair, (g, r, in) and (g, r, out), in the skills' layout (h, g, ...)
+        mixed_A = torch.bmm(grad_u, in_runs(x, g).to(A.dtype)).view(g, r, h, d).permute(2, 0, 3, 1).reshape(h, g, d * r)
+        mixed_B = torch.bmm((u * ctx.scale).transpose(1, 2), grad_y)
+        mixed_B = mixed_B.view(g, r, h, o).permute(2, 0, 1, 3).reshape(h, g, r * o)
+        weights = (w if w.dtype == A.dtype else w.to(A.dtype)).permute(1, 2, 0)  # (h, k, g)
+        grad_A = torch.bmm(weights, mixed_A).view(A.shape) if needs_A else None
+        grad_B = torch.bmm(weights, mixed_B).view(B.shape) if needs_B else None
+        grad_logits = None
+        if needs_logits:
+            grad_w = torch.bmm(mixed_A, A.reshape(h, k, d * r).transpose(1, 2))
+            grad_w.baddbmm_(mixed_B, B.reshape(h, k, r * o).transpose(1, 2))
+            grad_z = grad_route(grad_w.transpose(0, 1).to(w.dtype), w, p)
+            if ctx.temperature != 1.0:
+                grad_z = grad_z / ctx.temperature
+            scatter = torch.ops.aten.embedding_dense_backward  # deterministic on a GPU too
+            grad_logits = scatter(grad_z.reshape(g, h * k), tasks, ctx.n_tasks, -1, False).to(ctx.logits_dtype)
+        return grad_base, grad_x, None, None, grad_A, grad_B, grad_logits, None, None, None, None
+
+
+def grad_input(
+    grad: torch.Tensor, grad_u: torch.Tensor, A: torch.Tensor, weight: Optional[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """The gradient of x: `(g, m, out), (g, m, r), (g, r, in), (out, in) -> (g, m, in)`; with no weight, `grad_u A`."""
+    if weight is None or not weight.dtype == grad.dtype == A.dtype == dtype:
+        through_A = torch.bmm(grad_u, A).to(dtype)
+        return through_A if weight is None else through_A + torch.matmul(grad, weight)
+    return torch.matmul(grad, weight).baddbmm_(grad_u, A)
+
+
+def grad_route(grad_w: torch.Tensor, w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The gradient of the logits from that of w: `w (grad_w - sum_k grad_w w) (1 - p)`, `(g, h, k)`."""
+    grad = w * grad_w
+    grad.addcmul_(w, grad.sum(dim=-1, keepdim=True), value=-1)
+    return grad.addcmul_(grad, p, value=-1)

@@ -1,0 +1,156 @@
+"""What a caller may pass as task ids, and the checks that turn it into a LongTensor."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+import torch
+
+from ..config import PolyConfig
+
+__all__ = ["TaskIds", "nearest_name", "no_task_message", "resolve_task", "resolve_tasks", "rows_of_call"]
+
+TaskIds = Union[torch.Tensor, Sequence[Union[int, str]], int, str]
+
+# Arguments that tell how many rows a batch has, in the order of trust.
+ROW_ARGUMENTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values")
+
+
+def rows_of_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Optional[int], int]:
+    """How many rows the batch of a call has, and how many sequences a row (choices of `(b, choices, l)` input ids).
+
+    The number is None if no argument tells.
+    """
+    named = [kwargs[name] for name in ROW_ARGUMENTS if isinstance(kwargs.get(name), torch.Tensor)]
+    main = (named or [arg for arg in args[:1] if isinstance(arg, torch.Tensor)] or [None])[0]
+    if main is None or main.dim() < 2:
+        return None, 1
+    has_choices = main.dim() == 3 and not main.is_floating_point()
+    return main.shape[0], main.shape[1] if has_choices else 1
+
+
+def resolve_tasks(
+    task_ids: TaskIds, config: PolyConfig, adapter_name: str = "default", n_rows: Optional[int] = None
+) -> tuple[torch.Tensor, bool]:
+    """Task ids as a LongTensor, checked.
+
+    Args:
+        task_ids: a tensor `(b,)`, `(b, 1)` or `()` of any integer dtype on any device, a sequence of ids and names, or
+            one id or name for all rows.
+        config: the adapter's config, which knows its tasks.
+        adapter_name: its name, for messages.
+        n_rows: number of rows of the batch, where known.
+
+    Returns:
+        The ids, `(b,)`, and whether all rows are known to have the same task; the ids are then `(1,)`. Ids on an
+        accelerator (and ids seen by the compiler) are not read by the host: they are checked there, by an assertion.
+
+    Raises:
+        ValueError: unknown name (with the nearest one), negative or too large id, not integers, wrong number of rows.
+    """
+    if isinstance(task_ids, (int, str)) and not isinstance(task_ids, bool):
+        return torch.full((1,), resolve_task(task_ids, config, adapter_name), dtype=torch.long), True
+    ids = _integer_ids(task_ids if isinstance(task_ids, torch.Tensor) else _listed(task_ids, config, adapter_name))
+    if ids.dim() == 2 and ids.shape[1] == 1:
+        ids = ids[:, 0]
+    if ids.numel() == 0 and n_rows:
+        raise ValueError(f"task_ids has 0 entries but the batch has {n_rows} rows. Pass one id per row.")
+    if ids.dim() > 1 or ids.numel() == 0:
+        raise ValueError(f"task_ids must have the shape (batch,) or (batch, 1), got {tuple(ids.shape)}.")
+    one_for_all = ids.dim() == 0
+    ids = ids.reshape(-1)
+    if n_rows is not None and not one_for_all and ids.shape[0] != n_rows:
+        raise ValueError(
+            f"task_ids has {ids.shape[0]} entries but the batch has {n_rows} rows. Pass one id per row, or one id or "
+            "name for all rows."
+        )
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        torch._assert_async(
+            ((ids >= 0) & (ids < config.n_tasks)).all(), f"task ids must lie in [0, {config.n_tasks - 1}]"
+        )
+        return ids, one_for_all
+    listed = ids.tolist()
+    for task in (min(listed), max(listed)):
+        resolve_task(task, config, adapter_name)
+    uniform = min(listed) == max(listed)
+    return (ids[:1] if uniform else ids), uniform
+
+
+def resolve_task(task: Union[int, str], config: PolyConfig, adapter_name: str = "default") -> int:
+    """The id of one task given by id or name.
+
+    Raises:
+        ValueError: unknown name (with the nearest one), negative or too large id, no integer.
+    """
+    if isinstance(task, str):
+        return _id_of_name(task, config, adapter_name)
+    if isinstance(task, bool) or not (isinstance(task, int) or hasattr(task, "__index__")):  # the compiler knows ints
+        raise ValueError(f"A task must be an integer id or a name, got {task!r}.")
+    if not 0 <= task < config.n_tasks:
+        named = f": {', '.join(config.task_names)}" if config.task_names else ""
+        raise ValueError(
+            f"Task ids of adapter {adapter_name!r} must lie in [0, {config.n_tasks - 1}], got {task}. "
+            f"It has {config.n_tasks} task{'s' if config.n_tasks > 1 else ''}{named}."
+        )
+    return int(task)
+
+
+def no_task_message(config: PolyConfig, adapter_name: str) -> str:
+    """The message for a call whose tasks nobody said."""
+    known = ", ".join(config.task_names) if config.task_names else f"ids 0 to {config.n_tasks - 1}"
+    return (
+        f"No task is known for this call, and adapter {adapter_name!r} has {config.n_tasks} of them ({known}). Pass "
+        "`task_ids=` (an id or name per row, or one for all), or choose one with `model.set_task(...)` or "
+        "`with peft_poly.use_task(model, ...)`. In a Trainer, the rows' `task` reaches the model through "
+        "`DataCollatorWithTaskIds`."
+    )
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """A hint for the message about an unknown name, with a space before it; empty if no known name is near."""
+    folded = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    return f" Did you mean {folded[near[0]]!r}?" if near else ""
+
+
+def _integer_ids(ids: torch.Tensor) -> torch.Tensor:
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"task_ids must be integers or task names, got a tensor of dtype {ids.dtype}.")
+    return ids.long()
+
+
+def _listed(task_ids: Any, config: PolyConfig, adapter_name: str) -> torch.Tensor:
+    if getattr(getattr(task_ids, "dtype", None), "kind", None) in ("O", "U"):  # a numpy array of names
+        task_ids = task_ids.tolist()
+    if isinstance(task_ids, (bool, float)):
+        raise ValueError(f"task_ids must be integers or task names, got {task_ids!r}.")
+    if isinstance(task_ids, (list, tuple)):
+        for task in task_ids:
+            if task is None or isinstance(task, (bool, float, bytes)):
+                raise ValueError(f"task_ids must be integers or task names, got {task!r} in {list(task_ids)!r}.")
+        task_ids = [
+            resolve_task(task, config, adapter_name) if isinstance(task, (int, str)) else task for task in task_ids
+        ]
+        if not task_ids:
+            return torch.empty(0, dtype=torch.long)
+    try:
+        return torch.as_tensor(task_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "task_ids must be a tensor, a list of ids or names, one id or one name, got "
+            f"{type(task_ids).__name__}: {task_ids!r}."
+        ) from error
+
+
+def _id_of_name(name: str, config: PolyConfig, adapter_name: str) -> int:
+    if not config.task_names:
+        raise ValueError(
+            f"Task {name!r} was given by name, but adapter {adapter_name!r} has no names for its {config.n_tasks} "
+            f"task(s). Pass an id in [0, {config.n_tasks - 1}], or set `task_names` in its PolyConfig."
+        )
+    if name in config.task_names:
+        return config.task_names.index(name)
+    hint = nearest_name(name, config.task_names)
+    raise ValueError(f"Unknown task {name!r}.{hint} Adapter {adapter_name!r} knows: {', '.join(config.task_names)}.")

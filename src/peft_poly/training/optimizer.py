@@ -1,0 +1,109 @@
+"""Optimizers with the two-speed learning rate of the papers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from ..layer import PolyLayer
+
+__all__ = ["create_poly_optimizer", "poly_parameter_groups"]
+
+
+def poly_parameter_groups(
+    model: nn.Module, *, lr: float, router_lr: float = 0.1, weight_decay: Optional[float] = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer: `adapters`, `router`, `modules_to_save` and `no_decay`.
+
+    `modules_to_save` has all other matrices that train, heads for instance, and `no_decay` all other vectors that do:
+    biases, norms.
+
+    The papers train the router at 0.1 and the skills at 1e-3: with one rate for both the router hardly leaves uniform.
+    The router has no weight decay, so that the row of a task that is absent from the data stays as it is.
+
+    Args:
+        model: a model with task-routed layers. Parameters that do not require a gradient are left out.
+        lr: learning rate of all groups but the router's.
+        router_lr: learning rate of the router rows.
+        weight_decay: of `adapters` and `modules_to_save`; the router and `no_decay` have none. None: the optimizer's
+            own default.
+
+    Returns:
+        The groups that are not empty, in the order above, each with its `name`; a `Trainer` logs the rate of the first.
+        Also fit for `Trainer(optimizer_cls_and_kwargs=(cls, {"params": groups, "lr": lr}))`.
+
+    Raises:
+        ValueError: the model has no task-routed layer, or nothing to train.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PolyLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no task-routed layer. Add an adapter with a PolyConfig first.")
+    skills = {id(p) for layer in layers for held in (layer.poly_lora_A, layer.poly_lora_B) for p in held.values()}
+    routers = {id(p) for layer in layers for p in layer.poly_router.parameters()}
+    named: dict[str, list[nn.Parameter]] = {"adapters": [], "router": [], "modules_to_save": [], "no_decay": []}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in routers:
+            named["router"].append(parameter)
+        elif id(parameter) in skills:
+            named["adapters"].append(parameter)
+        else:
+            named["no_decay" if parameter.dim() < 2 else "modules_to_save"].append(parameter)
+    if not any(named.values()):
+        raise ValueError("No parameter requires a gradient. Load the adapter with `is_trainable=True`.")
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    settings: dict[str, dict[str, Any]] = {
+        "adapters": {"lr": lr, **decay},
+        "router": {"lr": router_lr, "weight_decay": 0.0},
+        "modules_to_save": {"lr": lr, **decay},
+        "no_decay": {"lr": lr, "weight_decay": 0.0},
+    }
+    return [{"name": name, "params": found, **settings[name]} for name, found in named.items() if found]
+
+
+def create_poly_optimizer(
+    model: nn.Module,
+    optimizer_cls: Callable[..., torch.optim.Optimizer],
+    *,
+    lr: float,
+    router_lr: float = 0.1,
+    weight_decay: Optional[float] = None,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer whose router learns at a rate of its own; see `peft_poly.training.poly_parameter_groups`.
+
+    Pass it to a `Trainer` as `optimizers=(optimizer, None)`.
+
+    Args:
+        model: a model with task-routed layers.
+        optimizer_cls: any torch optimizer class, such as `torch.optim.AdamW`.
+        lr: learning rate of everything but the router.
+        router_lr: learning rate of the router rows.
+        weight_decay: of everything but the router and vectors; None for the optimizer's default.
+        kwargs: further arguments of `optimizer_cls`.
+
+    Raises:
+        ValueError: the model has no task-routed layer, or nothing to train.
+        TypeError: `optimizer_cls` is a name or an optimizer, not a class.
+
+    Example:
+
+    ```py
+    >>> import peft, torch
+    >>> from peft_poly import PolyConfig, create_poly_optimizer
+    >>> config = PolyConfig(target_modules=["0"], n_tasks=2)
+    >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 2)), config)
+    >>> optimizer = create_poly_optimizer(model, torch.optim.AdamW, lr=1e-3, router_lr=0.1)
+    >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
+    [('adapters', 0.001), ('router', 0.1)]
+
+    ```
+    """
+    if not callable(optimizer_cls):
+        raise TypeError(f"optimizer_cls must be a class, such as torch.optim.AdamW, got {optimizer_cls!r}.")
+    groups = poly_parameter_groups(model, lr=lr, router_lr=router_lr, weight_decay=weight_decay)
+    return optimizer_cls(groups, lr=lr, **kwargs)

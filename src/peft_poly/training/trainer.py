@@ -1,0 +1,187 @@
+"""What transformers' `Trainer` learns about tasks: columns it keeps, the names of checkpoints, ids of evaluated rows.
+
+The lessons are wrappers of its methods, put on by `registration.py`; for a model that is not task-routed they pass
+straight through. They spare the base model a `forward` with another signature, which copying, compiling, unloading,
+replicas on other devices and the checks of `generate` would all meet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional, cast
+
+import torch
+
+from ..checkpoints.loading import check_task_names, difference
+from ..config import PolyConfig
+from ..model import PolyModel, tuner_of
+from ..tasks.ids import resolve_task
+from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, check_columns, tasks_of
+from .metrics import PerTaskMetrics
+
+__all__ = ["LESSONS"]
+
+
+def _tuner_of(trainer: Any) -> Optional[PolyModel]:
+    return tuner_of(trainer.accelerator.unwrap_model(trainer.model))  # FSDP puts its wrapper there
+
+
+def _keeping_columns(method: Callable) -> Callable:
+    """`task_ids` stays, and `task` where our collator is there to read it; TRL's trainers, too, come by here."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tuner = _tuner_of(self)
+        if tuner is not None:
+            _check_names(self, tuner)
+            _check_rows_have_one_task(self, tuner, args[0] if args else None)
+            if self.args.remove_unused_columns:
+                self._set_signature_columns_if_needed()
+                ours = isinstance(self.data_collator, DataCollatorWithTaskIds)
+                if type(self.data_collator) is DataCollatorWithTaskIds and args:
+                    _check_has_tasks(args[0])
+                wanted = TASK_COLUMNS if ours else ("task_ids",)
+                self._signature_columns += [name for name in wanted if name not in self._signature_columns]
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _check_has_tasks(dataset: Any) -> None:
+    """While the data set has all of its columns: the batch would show only those that the model takes."""
+    names = getattr(dataset, "column_names", None)
+    if names and getattr(dataset, "format", {}).get("type") != "custom":  # a transform may make the column
+        check_columns(names)
+
+
+def _active_configs(tuner: PolyModel) -> dict[str, PolyConfig]:
+    return {name: cast(PolyConfig, tuner.peft_config[name]) for name in tuner.active_adapters}
+
+
+def _check_names(trainer: Any, tuner: PolyModel) -> None:
+    """The collator and the metrics number the tasks as the model does; fewer of the first names are no harm."""
+    for part in (trainer.data_collator, trainer.compute_metrics):
+        if not isinstance(part, (DataCollatorWithTaskIds, PerTaskMetrics)) or part.task_names is None:
+            continue
+        for adapter, config in _active_configs(tuner).items():
+            if config.task_names and part.task_names != config.task_names[: len(part.task_names)]:
+                raise ValueError(
+                    f"The task_names of {type(part).__name__} are not those of the model: "
+                    f"{difference(part.task_names, config.task_names)} in adapter {adapter!r}, so ids would mean "
+                    "other tasks. Pass `task_names=model.task_names`."
+                )
+
+
+def _checking_checkpoint(method: Callable) -> Callable:
+    """As `loading.load_adapter` does, which FSDP and DeepSpeed do not come by; and before anything is loaded."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]  # the folder first, if there is one; `_load_best_model` takes none
+        folder = given[0] if given else self.state.best_model_checkpoint
+        tuner = _tuner_of(self)
+        if tuner is not None and folder is not None:
+            _check_checkpoint(Path(folder), tuner)
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _check_checkpoint(folder: Path, tuner: PolyModel) -> None:
+    """Adapters of other names than `default` lie in folders of their names."""
+    configs = {name: cast(PolyConfig, tuner.peft_config[name]) for name in tuner.task_context.poly_adapters()}
+    alone = "default" if "default" in configs else tuner.active_adapters[0]
+    for name, config in configs.items():
+        for place in {folder / name, *([folder] if name == alone else [])}:
+            if place.is_dir():  # else it would be asked for on the Hub
+                check_task_names(place, config, name)
+
+
+def _check_rows_have_one_task(trainer: Any, tuner: PolyModel, dataset: Any) -> None:
+    args, context = trainer.args, tuner.task_context
+    packs = [f"`{name}=True`" for name in ("packing", "eval_packing", "padding_free") if getattr(args, name, False)]
+    if not packs or not any(config.n_tasks > 1 for config in _active_configs(tuner).values()):
+        return
+    if context.default is None and context.current() is None:
+        raise ValueError(
+            f"{' and '.join(packs)} of {type(args).__name__} would put examples of several tasks into one row, and "
+            "lose their tasks; a row has one task. Set it to False, or choose one task for the whole run with "
+            "`model.set_task(...)`."
+        )
+    _check_all_are_the_set_task(dataset, tuner, " and ".join(packs))
+
+
+def _check_all_are_the_set_task(dataset: Any, tuner: PolyModel, packs: str) -> None:
+    """As far as the data set still has its tasks: TRL's packing drops them before anybody sees them."""
+    if not set(TASK_COLUMNS) & set(getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
+        return
+    context, tasks = tuner.task_context, tasks_of(dataset)
+    entered = context.current()
+    chosen = context.default if entered is None else entered.given
+    if not isinstance(chosen, (int, str)):
+        return
+    for name, config in _active_configs(tuner).items():
+        wanted = resolve_task(chosen, config, name)
+        for row, task in enumerate(tasks):
+            if isinstance(task, str) and not config.task_names:
+                continue
+            if resolve_task(task, config, name) != wanted:
+                label = config.task_names[wanted] if config.task_names else wanted
+                raise ValueError(
+                    f"{packs} and `set_task` train the one task {label!r}, but row {row} of the data set has the task "
+                    f"{task!r}. Leave the rows of other tasks out, such as with `dataset.filter(...)`."
+                )
+
+
+def _handing_ids(method: Callable) -> Callable:
+    """Evaluation hands the rows' ids to `PerTaskMetrics`, gathered from all processes as the predictions are."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.compute_metrics, PerTaskMetrics) or _tuner_of(self) is None:
+            return method(self, *args, **kwargs)
+        self.compute_metrics.check_arguments(self.args)
+        with _collecting_ids(self):
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+@contextmanager
+def _collecting_ids(trainer: Any) -> Iterator[None]:
+    metrics, step, ids = trainer.compute_metrics, trainer.prediction_step, []
+
+    def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(inputs.get("task_ids"), torch.Tensor):
+            raise ValueError(
+                "PerTaskMetrics needs `task_ids` in each batch, one id per row. Give the rows a column `task_ids`, or "
+                "`task` and the trainer a `DataCollatorWithTaskIds`."
+            )
+        ids.append(trainer.gather_function(trainer._prepare_input(inputs["task_ids"].reshape(-1))).cpu())
+        return step(model, inputs, *args, **kwargs)
+
+    # On the instance for the time of the loop: it wins over the class, whichever trainer that is.
+    own = vars(trainer).get("prediction_step")
+    trainer.prediction_step = prediction_step
+    trainer.compute_metrics = lambda prediction: metrics(prediction, task_ids=torch.cat(ids).numpy())
+    try:
+        yield
+    finally:
+        trainer.compute_metrics = metrics
+        if own is None:
+            del trainer.prediction_step
+        else:
+            trainer.prediction_step = own
+
+
+LESSONS: dict[str, Callable[[Callable], Callable]] = {
+    "_remove_unused_columns": _keeping_columns,
+    "_get_collator_with_removed_columns": _keeping_columns,
+    "evaluation_loop": _handing_ids,
+    "_load_from_checkpoint": _checking_checkpoint,
+    "_load_best_model": _checking_checkpoint,
+    "_load_optimizer_and_scheduler": _checking_checkpoint,  # DeepSpeed loads without the first
+}

@@ -1,0 +1,158 @@
+"""The pictures show the numbers: cells, labels and branches are compared with the routing and with scipy."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+
+import matplotlib
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from scipy.cluster import hierarchy
+from test_analysis import random_routing, routing_of
+
+from peft_poly.insight import analysis, plots
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def cells(ax):
+    return torch.tensor(ax.images[0].get_array().data)
+
+
+def labels(axis):
+    return [tick.get_text() for tick in axis.get_ticklabels()]
+
+
+class TestHeatMap:
+    @pytest.mark.parametrize(("layer", "split"), [(None, None), ("layer1", None), (None, 1), ("layer2", 0)])
+    def test_the_cells_are_the_mixing_weights(self, layer, split):
+        routing = random_routing()
+        ax = plots.plot_heat_map(routing, layer=layer, split=split)
+        torch.testing.assert_close(cells(ax), analysis.task_skill_matrix(routing, layer, split))
+        assert labels(ax.yaxis) == list(routing.task_names)
+        assert (layer or "mean of the layers") in ax.get_title()
+
+    def test_a_tasks_rows_are_the_layers(self):
+        routing = random_routing()
+        ax = plots.plot_heat_map(routing, task=2)
+        expected = torch.stack([weights[2].double().mean(dim=0) for weights in routing.weights.values()])
+        torch.testing.assert_close(cells(ax), expected)
+        assert labels(ax.yaxis) == routing.layers
+
+    def test_the_rows_can_be_put_in_order(self):
+        routing = random_routing()
+        ax = plots.plot_heat_map(routing, order=[3, 1, 0, 2, 4])
+        assert labels(ax.yaxis) == ["3", "1", "0", "2", "4"]
+        torch.testing.assert_close(cells(ax), analysis.task_skill_matrix(routing)[[3, 1, 0, 2, 4]])
+
+    def test_each_cell_of_a_small_map_says_its_number(self):
+        ax = plots.plot_heat_map(routing_of([[[0.25, 0.75]], [[0.5, 0.5]]]))
+        assert [text.get_text() for text in ax.texts] == ["0.25", "0.75", "0.50", "0.50"]
+
+    def test_a_large_map_has_colours_only(self):
+        assert not plots.plot_heat_map(random_routing(n_tasks=80)).texts
+
+    @pytest.mark.parametrize(("p", "top"), [([0.5, 0.5, 0.5, 0.5], 0.5), ([0.9, 0.1, 0.0, 0.0], 0.9), ([0.5], 1.0)])
+    def test_the_colours_begin_at_zero_and_an_even_share_is_half_way_at_most(self, p, top):
+        low, high = plots.plot_heat_map(routing_of([[p]])).images[0].get_clim()
+        assert (low, high) == (0, pytest.approx(top))
+
+    def test_it_draws_on_the_axes_it_is_given(self):
+        ax = Figure().subplots()
+        assert plots.plot_heat_map(random_routing(), ax=ax) is ax
+        assert not plt.get_fignums()
+
+    def test_a_dollar_in_a_name_is_no_formula(self):
+        ax = plots.plot_heat_map(routing_of([[[0.5, 0.5]], [[0.5, 0.5]]], names=["$\\frac", "US$ to EU$"]))
+        ax.figure.canvas.draw()
+
+    @pytest.mark.parametrize("wrong", [{"layer": "layer0"}, {"order": [0]}])
+    def test_a_task_has_no_layer_and_no_order(self, wrong):
+        with pytest.raises(ValueError, match="With `task` the rows are the layers"):
+            plots.plot_heat_map(random_routing(), task=0, **wrong)
+
+    def test_an_unknown_task_is_refused(self):
+        with pytest.raises(ValueError, match="Did you mean 'rte'"):
+            plots.plot_heat_map(routing_of([[[0.5]]], names=["rte"]), task="rtee")
+
+
+class TestDendrogram:
+    def test_the_branches_are_scipys(self):
+        routing = random_routing(n_tasks=7)
+        ax = plots.plot_dendrogram(routing)
+        expected = hierarchy.dendrogram(analysis.task_linkage(routing), no_plot=True)
+        assert labels(ax.yaxis) == expected["ivl"]
+        drawn = [path.vertices[:, 0].max() for group in ax.collections for path in group.get_paths()]
+        assert sorted(drawn) == pytest.approx(sorted(max(branch) for branch in expected["dcoord"]))
+
+    def test_the_leaves_stand_in_the_order_of_a_heat_map_from_top_to_bottom(self):
+        routing = random_routing(n_tasks=6)
+        ax = plots.plot_dendrogram(routing)
+        assert [int(label) for label in labels(ax.yaxis)] == analysis.task_order(routing)
+        assert ax.yaxis_inverted()
+
+    def test_it_draws_on_the_axes_it_is_given(self):
+        ax = Figure().subplots()
+        assert plots.plot_dendrogram(random_routing(), ax=ax) is ax
+        assert not plt.get_fignums()
+
+    def test_tasks_with_equal_routing_can_be_drawn(self):
+        ax = plots.plot_dendrogram(routing_of([[[0.5, 0.5]], [[0.5, 0.5]], [[0.5, 0.5]]]))
+        assert len(labels(ax.yaxis)) == 3
+
+    def test_one_task_is_refused(self):
+        with pytest.raises(ValueError, match="at least two"):
+            plots.plot_dendrogram(random_routing(n_tasks=1))
+
+
+class TestFiles:
+    @pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("new/a.pdf", b"%PDF")])
+    @pytest.mark.parametrize("task", [None, 1])
+    def test_the_ending_says_the_format(self, tmp_path, name, magic, task):
+        path = plots.save_plots(random_routing(), tmp_path / name, task)
+        assert path.read_bytes().startswith(magic)
+        assert [file.name for file in path.parent.iterdir() if file.is_file()] == [path.name]
+        assert not plt.get_fignums()
+
+    def test_one_task_has_a_heat_map_only(self, tmp_path):
+        assert plots.save_plots(random_routing(n_tasks=1), tmp_path / "a.png").stat().st_size
+
+    @pytest.mark.parametrize("name", ["a.docx", "a"])
+    def test_another_ending_is_refused(self, tmp_path, name):
+        with pytest.raises(ValueError, match=rf"{name} must end in one of .*\.png"):
+            plots.save_plots(random_routing(), tmp_path / name)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_failure_leaves_the_picture_that_was_there(self, tmp_path, monkeypatch):
+        (tmp_path / "a.png").write_bytes(b"old")
+        monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            plots.save_plots(random_routing(), tmp_path / "a.png")
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.png", b"old")]
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "scipy"])
+def test_a_missing_extra_says_what_to_install(monkeypatch, missing):
+    for name in list(sys.modules):
+        if name.partition(".")[0] == missing:
+            monkeypatch.delitem(sys.modules, name)
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == missing:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    draw = plots.plot_heat_map if missing == "matplotlib" else plots.plot_dendrogram
+    with pytest.raises(ImportError, match=r"Run: pip install 'peft-poly\[plot\]'"):
+        draw(random_routing())
