@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, Optional, Union
+from typing import Any, Literal, Optional, Protocol, Union
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -13,6 +13,23 @@ __all__ = ["PolyConfig"]
 
 GRANULARITIES = ("layer", "block", "model")
 INITS = (True, False, "mhr")
+
+
+class KindSettings(Protocol):
+    """What a kind of adapter says about its settings; `peft_poly.compute.kinds.kind` has the rest of it."""
+
+    name: str
+    n_skills: int
+    n_splits: int
+
+    def check(self, config: PolyConfig) -> None:
+        """Raise `ValueError` for settings that this kind cannot have."""
+
+    def router(self, config: PolyConfig) -> Any:
+        """A router for these settings."""
+
+
+KINDS: dict[str, KindSettings] = {}  # by `poly_type`; `peft_poly.compute.kinds` enters them
 
 
 @dataclass
@@ -37,7 +54,7 @@ class PolyConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*): Further modules to train and save as they are (heads, say).
         init_weights (`bool | "mhr"`): True: A as `nn.Linear` per split, B zero. False: B as A, for tests. `"mhr"`:
             A uniform in `+-1/sqrt(3 in_features)`, B zero, as the code of the MHR paper has it.
-        poly_type (`"poly"`): The kind of router; there is one.
+        poly_type (`"poly"`): The kind of adapter.
         n_tasks (`int`, *optional*): Number of tasks (router rows). Default: `len(task_names)`, else 1.
         n_skills (`int`): Number of skills in the inventory of a layer.
         n_splits (`int`): Number of splits (heads). Must divide the in- and out-features of every adapted layer.
@@ -85,12 +102,16 @@ class PolyConfig(PeftConfig):
     init_weights: Union[bool, Literal["mhr"]] = field(
         default=True, metadata={"help": "True: A as nn.Linear, B zero. False: B as A. 'mhr': the paper's range for A."}
     )
-    poly_type: Literal["poly"] = field(default="poly", metadata={"help": "The kind of router."})
+    poly_type: str = field(default="poly", metadata={"help": "The kind of adapter."})
     n_tasks: int = field(  # type: ignore[assignment]  # None until __post_init__, to tell "not given" from 1
         default=None, metadata={"help": "Number of tasks. Default: the number of task_names, else 1."}
     )
-    n_skills: int = field(default=4, metadata={"help": "Number of skills in the inventory of a layer."})
-    n_splits: int = field(default=1, metadata={"help": "Number of splits; more than 1 is Multi-Head Routing."})
+    n_skills: int = field(  # type: ignore[assignment]  # None until __post_init__, where the kind fills it in
+        default=None, metadata={"help": "Number of skills in the inventory of a layer. Default: 4."}
+    )
+    n_splits: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Number of splits; more than 1 is Multi-Head Routing. Default: 1."}
+    )
     task_names: Optional[list[str]] = field(default=None, metadata={"help": "A name for each task."})
     lora_alpha: float = field(default=1, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapter."})
@@ -109,8 +130,21 @@ class PolyConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._check_targets()
         self._check_tasks()
+        self._fill_in()
         self._check_sizes()
         self._check_choices()
+        self.kind.check(self)
+
+    @property
+    def kind(self) -> KindSettings:
+        """The kind of adapter that `poly_type` names."""
+        return KINDS[self.poly_type]
+
+    def _fill_in(self) -> None:
+        if self.poly_type not in KINDS:
+            raise ValueError(f"`poly_type` must be one of {sorted(KINDS)}, got {self.poly_type!r}.")
+        self.n_skills = self.kind.n_skills if self.n_skills is None else self.n_skills
+        self.n_splits = self.kind.n_splits if self.n_splits is None else self.n_splits
 
     def _check_targets(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):
@@ -148,8 +182,6 @@ class PolyConfig(PeftConfig):
             raise ValueError(f"`lora_dropout` must lie in [0, 1), got {self.lora_dropout!r}.")
 
     def _check_choices(self) -> None:
-        if self.poly_type != "poly":
-            raise ValueError(f"`poly_type` must be 'poly', the one kind of router there is, got {self.poly_type!r}.")
         if not isinstance(self.router_noise, bool):
             raise ValueError(f"`router_noise` must be True or False, got {self.router_noise!r}.")
         if not isinstance(self.init_weights, bool) and self.init_weights != "mhr":

@@ -12,7 +12,6 @@ For one task at eval this is exactly a LoRA of rank r, which is what merging res
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from typing import Any, Optional, Union, cast
 
 import torch
@@ -23,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .compute.base_layers import is_linear
 from .compute.initialisation import draw_skills
-from .compute.kinds.mixing import mix_A, mix_B
+from .compute.kinds import KINDS
 from .compute.merging import merge, unmerge
 from .compute.paths import choose_path
 from .compute.states import evaluating, keep_requires_grad
@@ -52,6 +51,8 @@ class PolyLayer(BaseTunerLayer):
     """
 
     training: bool
+    layer_name: str
+    _modules: Any
     prefix = "poly_"  # of every container of adapters, by which PEFT tells them from the base layer
     adapter_layer_names = ("poly_lora_A", "poly_lora_B", "poly_router")
     other_param_names = (
@@ -162,12 +163,28 @@ class PolyLayer(BaseTunerLayer):
 
     def mixed_pair(self, adapter_name: str, task_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The low-rank pairs of tasks: `(b,) -> (b, in, r), (b, r, out)`, dtype of the adapter."""
-        A, B = self.poly_lora_A[adapter_name], self.poly_lora_B[adapter_name]
-        no_cast = nullcontext() if A.is_meta else torch.autocast(A.device.type, enabled=False)
-        with no_cast:  # the mix is small, and 1e-12 needs float32
-            router: Any = self.poly_router[adapter_name]
-            w = router(task_ids).to(A.device)
-            return mix_A(w, A), mix_B(w, B)
+        return KINDS[self.poly_type[adapter_name]].pair(self, adapter_name, task_ids)
+
+    def get_delta_weight(self, adapter: str, task: Union[int, str, None] = None) -> torch.Tensor:
+        """What a task adds to the base weight, in its layout, `(out, in)` or `(in, out)` for Conv1D.
+
+        Args:
+            adapter: name of the adapter.
+            task: id or name of the task. Default: the set one, or the only one.
+
+        Raises:
+            ValueError: the adapter has several tasks and none was chosen.
+        """
+        task_id = self.task_context.one_task(adapter, task)
+        ids = torch.tensor([task_id], device=self.poly_lora_A[adapter].device)
+        with evaluating(self.poly_router[adapter]):
+            A, B = self.mixed_pair(adapter, ids)
+        delta = (A[0].float() @ B[0].float()) * self.scaling[adapter]
+        return (delta if self.fan_in_fan_out else delta.T).to(A.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the task to convert is known, for then the adapter is a LoRA."""
+        return self.task_context.has_one_task(adapter_name)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters.
@@ -278,27 +295,6 @@ class Linear(nn.Module, PolyLayer):
         if self.merged_adapters and task_ids is not None:
             self.task_context.resolve(task_ids, self.merged_adapters)  # raises for another task than the merged
         return self.base_layer(x, *args, **kwargs)
-
-    def get_delta_weight(self, adapter: str, task: Union[int, str, None] = None) -> torch.Tensor:
-        """What a task adds to the base weight, in its layout, `(out, in)` or `(in, out)` for Conv1D.
-
-        Args:
-            adapter: name of the adapter.
-            task: id or name of the task. Default: the set one, or the only one.
-
-        Raises:
-            ValueError: the adapter has several tasks and none was chosen.
-        """
-        task_id = self.task_context.one_task(adapter, task)
-        ids = torch.tensor([task_id], device=self.poly_lora_A[adapter].device)
-        with evaluating(self.poly_router[adapter]):
-            A, B = self.mixed_pair(adapter, ids)
-        delta = (A[0].float() @ B[0].float()) * self.scaling[adapter]
-        return (delta if self.fan_in_fan_out else delta.T).to(A.dtype)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the task to convert is known, for then the adapter is a LoRA."""
-        return self.task_context.has_one_task(adapter_name)
 
     def merge(
         self,

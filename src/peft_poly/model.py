@@ -14,8 +14,8 @@ from torch import nn
 
 from .adapter.sharing import router_group, shared_router_keys
 from .adapter.targets import check_architecture, check_target
+from .compute.call_weights import CallWeights
 from .compute.gradients import let_gradients_pass, warn_of_rounding
-from .compute.kinds.call_weights import CallWeights
 from .compute.states import keep_requires_grad
 from .config import PolyConfig
 from .layer import Linear, PolyLayer

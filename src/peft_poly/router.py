@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from .config import PolyConfig
+from .config import KINDS, PolyConfig
 
 __all__ = ["PolyRouter", "Router", "get_router"]
 
@@ -32,9 +32,9 @@ def get_router(poly_config: PolyConfig) -> Router:
     Raises:
         ValueError: there is no router of that type.
     """
-    if poly_config.poly_type == "poly":
-        return PolyRouter(poly_config)
-    raise ValueError(f"Unsupported poly_type {poly_config.poly_type!r}. Supported is: 'poly'.")
+    if poly_config.poly_type not in KINDS:
+        raise ValueError(f"Unsupported poly_type {poly_config.poly_type!r}. Supported are: {sorted(KINDS)}.")
+    return KINDS[poly_config.poly_type].router(poly_config)
 
 
 def relaxed_bernoulli(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -95,23 +95,51 @@ def normalise(p: torch.Tensor) -> torch.Tensor:
 
 
 class Router(nn.Module, ABC):
-    """Turns the tasks of a batch into mixing weights."""
+    """Turns the tasks of a batch into weights, by a row of parameters for each task.
+
+    Attributes:
+        module_logits (`nn.Parameter`): `(n_tasks, columns)`.
+        n_splits: h of the weights.
+        n_skills: k of the weights.
+    """
+
+    module_logits: nn.Parameter
+    n_splits: int
+    n_skills: int
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of router rows, one per task."""
+        return self.module_logits.shape[0]
+
+    @property
+    def samples(self) -> bool:
+        """Whether each row of a batch gets a draw of its own."""
+        return False
 
     @abstractmethod
     def reset(self) -> None:
         """Draw the parameters anew."""
 
     @abstractmethod
+    def weigh(self, z: torch.Tensor) -> torch.Tensor:
+        """Weights at eval of rows that are looked up: z `(..., columns) -> (..., h, k)`, at least float32."""
+
+    @abstractmethod
     def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Mixing weights of a batch.
+        """Weights of a batch.
 
         Args:
             task_ids: LongTensor `(b,)`.
             input_ids: the rows' tokens `(b, l)`, for routers that look at them.
 
         Returns:
-            `(b, h, k)`, at least float32; the skills of each split sum to 1.
+            `(b, h, k)`, at least float32.
         """
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"n_tasks={self.n_tasks}, n_splits={self.n_splits}, n_skills={self.n_skills}"
 
 
 class PolyRouter(Router):
@@ -134,11 +162,6 @@ class PolyRouter(Router):
         self.module_logits = nn.Parameter(torch.empty(poly_config.n_tasks, self.n_splits * self.n_skills))
 
     @property
-    def n_tasks(self) -> int:
-        """Number of router rows, one per task."""
-        return self.module_logits.shape[0]
-
-    @property
     def samples(self) -> bool:
         """Whether each row of a batch gets a draw of its own, as it does in training unless the noise is off."""
         return self.training and self.noise
@@ -146,6 +169,10 @@ class PolyRouter(Router):
     def reset(self) -> None:
         """Logits uniform in +-1e-3: every task starts from almost equal weights."""
         nn.init.uniform_(self.module_logits, -1e-3, 1e-3)
+
+    def weigh(self, z: torch.Tensor) -> torch.Tensor:
+        """Mixing weights at eval of logits that are looked up: `(..., h * k) -> (..., h, k)`, at least float32."""
+        return weigh(z.unflatten(-1, (self.n_splits, self.n_skills)))[0]
 
     def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Mixing weights of a batch.
@@ -174,7 +201,3 @@ class PolyRouter(Router):
         dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
         u = torch.rand(tasks.shape[0], self.n_splits, self.n_skills, dtype=dtype, device=logits.device)
         return _logistic(u)
-
-    def extra_repr(self) -> str:
-        """The sizes."""
-        return f"n_tasks={self.n_tasks}, n_splits={self.n_splits}, n_skills={self.n_skills}"

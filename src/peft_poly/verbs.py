@@ -18,7 +18,7 @@ from .compute.merging import merged_weight
 from .compute.states import evaluating
 from .config import PolyConfig
 from .layer import Linear
-from .router import PolyRouter
+from .router import Router
 from .tasks.choosing import use_task
 from .tasks.context import TaskContext
 from .tasks.ids import TaskIds, resolve_task
@@ -102,7 +102,7 @@ class TaskVerbs(_Tuner):
         """
         weights = {}
         for key, layer in self._whole_layers(adapter_name, "be looked at").items():
-            router = cast(PolyRouter, layer.poly_router[self._poly_name(adapter_name)])
+            router = cast(Router, layer.poly_router[self._poly_name(adapter_name)])
             with evaluating(router):
                 weights[key] = router(torch.arange(router.n_tasks, device=router.module_logits.device)).detach()
         return weights

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -420,7 +421,7 @@ def test_hub_ids_are_taken_where_folders_are(tmp_path):
         env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
             [sys.executable, "-c", FROM_HUB, str(tmp_path)],
-            env={**env, "PYTHONPATH": os.path.dirname(__file__)}, capture_output=True, text=True, check=False,
+            env={**env, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert same_bits(tensors_of(tmp_path / "converted"), tensors_of(source))

@@ -27,7 +27,7 @@ import peft_poly
 from peft_poly import PolyConfig, PolyLayer
 from peft_poly.checkpoints.export import exact_targets, export_lora, folder_names, vllm_command
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # the upstream process makes its models with `tiny`
 
 
 def adapt(case, base=None, adapter_name="default", **settings):

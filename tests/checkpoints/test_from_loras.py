@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny import CASES, MLP, TASKS, first, llama
 
 from peft_poly import PolyConfig, PolyLayer
-from peft_poly.from_loras import from_loras, own_skill_logit
+from peft_poly.checkpoints.from_loras import from_loras
+from peft_poly.compute.kinds.mixture import own_skill_logit
 
 
 def save_lora(base, folder, seed, case="llama", head=None, **settings):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from peft_poly import Linear, PolyConfig, PolyLayer, use_task
-from peft_poly.compute import paths
+from peft_poly.compute.kinds import mixture
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -141,8 +141,8 @@ def test_a_merged_forward_runs_the_operations_of_the_bare_model_and_no_others():
 def test_a_merged_layer_calls_its_base_layer_and_nothing_else(monkeypatch):
     model = adapted("mlp")
     calls: Counter = Counter()
-    mixed = paths.mixed
-    monkeypatch.setattr(paths, "mixed", lambda *args: (calls.update(["mixed"]), mixed(*args))[1])
+    mixed = mixture.mixed
+    monkeypatch.setattr(mixture, "mixed", lambda *args: (calls.update(["mixed"]), mixed(*args))[1])
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.update([name.rpartition(".")[2]]))
     logits(model, "mlp", task_ids=0)

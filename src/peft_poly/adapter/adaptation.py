@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
-from torch import nn
 
+from ..compute.kinds import KINDS
 from ..config import PolyConfig
 from ..layer import PolyLayer
-from ..router import PolyRouter
 
 __all__ = ["average_skills", "train_all", "train_router_only"]
 
@@ -21,7 +19,7 @@ ROUTER = ("poly_router",)
 def train_router_only(layers: Iterable[PolyLayer], adapter_name: str) -> None:
     """MHR-z: the router learns, the skills do not, until `train_all`; `set_adapter` does not thaw them."""
     layers = list(layers)
-    if all(layer.n_skills[adapter_name] == 1 for layer in layers):
+    if not any(_routes(layer, adapter_name) for layer in layers):
         raise ValueError(
             f"Adapter {adapter_name!r} has one skill, so its router has nothing to learn. Train it with `train_all()`."
         )
@@ -30,31 +28,26 @@ def train_router_only(layers: Iterable[PolyLayer], adapter_name: str) -> None:
 
 
 def train_all(layers: Iterable[PolyLayer], adapter_name: str) -> None:
-    """Skills and router learn; where there is one skill, the router has nothing to learn."""
+    """Skills and router learn, but for a router that has nothing to learn."""
     for layer in layers:
-        _train(layer, adapter_name, frozen=() if layer.n_skills[adapter_name] > 1 else ROUTER)
+        _train(layer, adapter_name, frozen=() if _routes(layer, adapter_name) else ROUTER)
 
 
 @torch.no_grad()
 def average_skills(config: PolyConfig, layers: Iterable[PolyLayer], adapter_name: str) -> None:
-    """MHR-mu: A and B become their means over the skills, each by itself: the mix of equal weights."""
+    """MHR-mu: in place, the LoRA that all tasks share; the router says nothing and is frozen."""
     layers = list(layers)
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"Adapter {adapter_name!r} is merged. Call `unmerge_adapter()` before its skills change.")
     for layer in layers:
-        for name in SKILLS:
-            skills = getattr(layer, name)
-            old = skills[adapter_name]
-            skills[adapter_name] = nn.Parameter(old.mean(dim=1, keepdim=True), requires_grad=old.requires_grad)
-        router = cast(PolyRouter, layer.poly_router[adapter_name])
-        if router.n_skills > 1:  # else a shared router that another layer has made flat
-            old = router.module_logits
-            router.module_logits = nn.Parameter(old.new_zeros(router.n_tasks, router.n_splits), requires_grad=False)
-            router.n_skills = 1
-        layer.n_skills[adapter_name] = 1
+        KINDS[config.poly_type].average(layer, adapter_name)
         layer.frozen_peft_weight_names[adapter_name] = ROUTER
-        router.requires_grad_(False)
+        layer.poly_router[adapter_name].requires_grad_(False)
     config.n_skills = 1
+
+
+def _routes(layer: PolyLayer, adapter_name: str) -> bool:
+    return KINDS[layer.poly_type[adapter_name]].routes(layer, adapter_name)
 
 
 def _train(layer: PolyLayer, adapter_name: str, frozen: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import PolyConfig, check_task_names
 from ..layer import PolyLayer
-from ..router import PolyRouter
+from ..router import Router
 from ..tasks.context import TaskContext
 from ..tasks.ids import resolve_task
 
@@ -146,7 +146,7 @@ def _replace_rows(
     change: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     routers = {id(layer.poly_router[adapter_name]): layer.poly_router[adapter_name] for layer in layers}
-    for router in cast(Iterable[PolyRouter], routers.values()):
+    for router in cast(Iterable[Router], routers.values()):
         old = router.module_logits
         router.module_logits = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
     for layer in layers:

@@ -20,6 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ..adapter.sharing import router_group
+from ..compute.kinds import KINDS
 from ..config import PolyConfig
 from .staging import staged
 
@@ -185,17 +186,17 @@ def _check_shapes(config: PolyConfig, tensors: Tensors) -> None:
     layers = _layers(tensors)
     if not layers:
         raise ValueError("The checkpoint has no skills (`poly_lora_A`).")
-    h, k, r = config.n_splits, config.n_skills, config.r
+    h, k, r, columns = config.n_splits, config.n_skills, config.r, KINDS[config.poly_type].columns(config)
     for layer in layers:
         A, B = tensors[f"{PREFIX}{layer}{A_KEY}"], tensors.get(f"{PREFIX}{layer}{B_KEY}")
         router = _router(tensors, layer, config.router_granularity)
         found = [None if tensor is None else tuple(tensor.shape) for tensor in (A, B, router)]
         a, b, logits = (shape or () for shape in found)
-        if (a[:2], a[3:], b[:3], len(b), logits) != ((h, k), (r,), (h, k, r), 4, (config.n_tasks, h * k)):
+        if (a[:2], a[3:], b[:3], len(b), logits) != ((h, k), (r,), (h, k, r), 4, (config.n_tasks, columns)):
             raise ValueError(
                 f"The tensors of {layer} do not fit n_splits={h}, n_skills={k}, r={r}, n_tasks={config.n_tasks}: A "
                 f"must be ({h}, {k}, in / {h}, {r}), B ({h}, {k}, {r}, out / {h}) and the router ({config.n_tasks}, "
-                f"{h * k}), found {found[0]}, {found[1]} and {found[2]}. (Later versions of mttl lay them out "
+                f"{columns}), found {found[0]}, {found[1]} and {found[2]}. (Later versions of mttl lay them out "
                 "otherwise; only the layout of the MHR paper's code and of PEFT is converted.)"
             )
 
@@ -222,6 +223,9 @@ def _as_poly(config: PolyConfig, tensors: Tensors) -> tuple[peft.PolyConfig, Ten
 
 
 def _check_expressible(config: PolyConfig) -> None:
+    reason = KINDS[config.poly_type].why_not_poly(config)
+    if reason is not None:
+        raise ValueError(f"{reason} Export its tasks with `export_lora` instead.")
     if config.lora_alpha != 1:
         raise ValueError(
             f"POLY scales by 1 / r, that is lora_alpha=1, and this adapter has lora_alpha={config.lora_alpha}. Its "

@@ -9,7 +9,6 @@ PEFT loads the LoRAs, so what they compute (scales, patterns, names of layers) i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -23,12 +22,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
+from ..compute.kinds import KINDS
 from ..config import PolyConfig, check_task_names
 from ..layer import PolyLayer
-from ..router import PolyRouter
 from .export import exact_targets
 
-__all__ = ["from_loras", "own_skill_logit"]
+__all__ = ["from_loras"]
 
 Tensors = dict[str, torch.Tensor]
 Pairs = dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]]  # for each layer, A, B and scale of every LoRA
@@ -87,27 +86,10 @@ def from_loras(
     poly_config = _poly_config(base_model, configs, pairs, n_splits, config)
     model = get_peft_model(base_model, poly_config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
-    _fill(model, adapter_name, pairs, own_skill_logit(own_weight, len(names)))
+    _fill(model, adapter_name, pairs, own_weight)
     if saved:
         set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
     return model
-
-
-def own_skill_logit(own_weight: float, n_skills: int) -> float:
-    """The `z` for which logits `+z` (own skill) and `-z` (the others) put `own_weight` of the mix on the own skill.
-
-    With `p = sigmoid(z)` the weight is `p / (p + (k - 1)(1 - p))`, and `p / (1 - p) = exp(z)`.
-
-    ```py
-    >>> round(own_skill_logit(0.99, 8), 2)
-    6.54
-
-    ```
-    """
-    if n_skills == 1:
-        return 0.0
-    weight = min(own_weight + 5e-7, (1 + own_weight) / 2)  # so that float32 does not round it to less
-    return math.log(weight * (n_skills - 1) / (1 - weight))
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
@@ -210,7 +192,6 @@ def _pairs(model: PeftModel, names: list[str]) -> Pairs:
             adapts = f"{path} is none" if len(lacking) == len(names) else f"those for {lacking} do not adapt {path}"
             raise ValueError(f"All LoRAs must adapt the same linear layers, but {adapts}.")
         pairs[path] = [_pair(layer, _adapter(index)) for index in range(len(names))]
-    _check_ranks(pairs, names)
     return pairs
 
 
@@ -219,11 +200,9 @@ def _pair(layer: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tensor, f
     return A.weight.detach(), B.weight.detach(), layer.scaling[adapter]
 
 
-def _check_ranks(pairs: Pairs, names: list[str]) -> None:
-    ranks = {(A.shape[0], name) for of_layer in pairs.values() for (A, _, _), name in zip(of_layer, names, strict=True)}
-    if len({rank for rank, _ in ranks}) > 1:
-        listed = ", ".join(f"{rank} ({name})" for rank, name in sorted(ranks))
-        raise ValueError(f"All LoRAs must have one rank in all layers, but these have: {listed}.")
+def _ranks(pairs: Pairs, names: list[str]) -> dict[str, set[int]]:
+    """The ranks that each LoRA has in its layers."""
+    return {name: {of_layer[index][0].shape[0] for of_layer in pairs.values()} for index, name in enumerate(names)}
 
 
 # ------------------------------------------------------------------------------------------------ making the adapter
@@ -232,17 +211,17 @@ def _poly_config(
 ) -> PolyConfig:
     first = next(iter(configs.values()))
     saved = sorted(first.modules_to_save or ()) or None
-    rank = next(iter(pairs.values()))[0][0].shape[0]
+    kind = KINDS[settings.get("poly_type", "poly")]
+    sizes = kind.settings_of_loras(_ranks(pairs, list(configs)))
     scales = {scale for of_layer in pairs.values() for _, _, scale in of_layer}
-    alpha = scales.pop() * rank if len(scales) == 1 else rank  # with one scale for all, B stays as it is
+    alpha = scales.pop() * sizes["r"] if len(scales) == 1 else sizes["r"]  # with one scale for all, B stays as it is
     task_types = {config.task_type for config in configs.values()}
     if len(task_types) > 1 and "task_type" not in settings:
         raise ValueError(f"The LoRAs have the task types {sorted(map(str, task_types))}. Pass `task_type=`.")
     return PolyConfig(
-        r=rank,
+        **sizes,
         target_modules=exact_targets(base_model, pairs, saved),
         modules_to_save=saved,
-        n_skills=len(configs),
         n_splits=n_splits,
         task_names=list(configs),
         **{"task_type": first.task_type, "lora_alpha": alpha, **settings},
@@ -250,15 +229,8 @@ def _poly_config(
 
 
 @torch.no_grad()
-def _fill(model: PeftModel, adapter: str, pairs: Pairs, logit: float) -> None:
+def _fill(model: PeftModel, adapter: str, pairs: Pairs, own_weight: float) -> None:
     for path, of_layer in pairs.items():
         layer = cast(nn.Module, model.base_model.model).get_submodule(path)
         assert isinstance(layer, PolyLayer)
-        h, k, d, r = layer.poly_lora_A[adapter].shape
-        for skill, (A, B, scale) in enumerate(of_layer):
-            B = B * (scale / layer.scaling[adapter])
-            layer.poly_lora_A[adapter][:, skill] = A.T.reshape(h, d, r)
-            layer.poly_lora_B[adapter][:, skill] = B.T.reshape(r, h, -1).transpose(0, 1)
-        router = cast(PolyRouter, layer.poly_router[adapter])
-        own = torch.eye(k, dtype=torch.bool, device=router.module_logits.device).repeat(1, h)
-        router.module_logits.copy_(torch.where(own, logit, -logit))
+        KINDS[layer.poly_type[adapter]].take_loras(layer, adapter, of_layer, own_weight)

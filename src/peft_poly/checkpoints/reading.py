@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..adapter.sharing import router_group
+from ..compute.kinds import KINDS, Kind
 from ..config import PolyConfig
 from ..layer import PolyLayer
-from ..router import PolyRouter, normalise
+from ..router import Router
 from ..tasks.ids import resolve_task
 
 __all__ = ["Routing", "find_file", "read_config", "read_routing"]
@@ -28,7 +29,7 @@ __all__ = ["Routing", "find_file", "read_config", "read_routing"]
 CONFIG = "adapter_config.json"
 ROUTER_KEY = "poly_router.module_logits"
 ALL_LAYERS = "all layers"
-KINDS = ("PEFT_POLY", "POLY")
+TYPES = ("PEFT_POLY", "POLY")
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,19 @@ def read_routing(source: Union[nn.Module, str, Path], adapter_name: Optional[str
         return _routing_of_model(source, adapter_name)
     config = read_config(source, **hub_kwargs)
     logits = _saved_logits(source, **hub_kwargs)
-    t, h, k = (int(getattr(config, name)) for name in ("n_tasks", "n_splits", "n_skills"))
+    kind = kind_of(config)
+    wanted = (int(config.n_tasks), kind.columns(config))  # type: ignore[attr-defined, arg-type]
     for key, tensor in logits.items():
         if tensor.isnan().any():
             raise ValueError(f"The router of {key} in {source} holds NaN, so no routing can be read from it.")
-        if tensor.shape != (t, h * k):
+        if tensor.shape != wanted:
+            sizes = ", ".join(f"{name}={getattr(config, name)}" for name in ("n_tasks", "n_splits", "n_skills", "r"))
             raise ValueError(
                 f"The router of {key} in {source} has the shape {tuple(tensor.shape)}, but its adapter_config.json "
-                f"asks for {(t, h * k)}: n_tasks={t}, n_splits={h}, n_skills={k}."
+                f"asks for {wanted}: {sizes}."
             )
     granularity = getattr(config, "router_granularity", "layer")
-    probabilities = {_label(granularity, key): tensor.view(t, h, k).sigmoid() for key, tensor in logits.items()}
-    return _routing(config, probabilities)
+    return _routing(config, {_label(granularity, key): tensor for key, tensor in logits.items()})
 
 
 def read_config(source: Union[str, Path], **hub_kwargs: Any) -> PeftConfig:
@@ -120,11 +122,13 @@ def read_config(source: Union[str, Path], **hub_kwargs: Any) -> PeftConfig:
         config = PeftConfig.from_pretrained(str(source), **hub_kwargs)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The {CONFIG} of {source} cannot be read: {type(error).__name__}: {error}") from error
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind is None:
+    peft_type = getattr(config.peft_type, "value", config.peft_type)
+    if peft_type is None:
         raise ValueError(f"The {CONFIG} of {source} cannot be read: it has no `peft_type`.")
-    if kind not in KINDS:
-        raise ValueError(f"{source} holds a {kind} adapter, which has no router. Wanted is one of {', '.join(KINDS)}.")
+    if peft_type not in TYPES:
+        raise ValueError(
+            f"{source} holds a {peft_type} adapter, which has no router. Wanted is one of {', '.join(TYPES)}."
+        )
     return config
 
 
@@ -137,22 +141,30 @@ def _routing_of_model(model: nn.Module, adapter_name: Optional[str]) -> Routing:
     name = (active or names)[0] if adapter_name is None else adapter_name
     if name not in names:
         raise ValueError(f"There is no task-routed adapter {name!r}. There are: {names}.")
-    probabilities, seen, config = {}, set(), None
+    found, seen, config = {}, set(), None
     for key, layer in layers.items():
         if name in layer.poly_router and id(layer.poly_router[name]) not in seen:
-            router = cast(PolyRouter, layer.poly_router[name])
+            router = cast(Router, layer.poly_router[name])
             seen.add(id(router))
             config = layer.task_context.configs[name]
-            logits = router.module_logits.detach().float().cpu()
             label = _label(config.router_granularity, key.removeprefix("base_model.model."))
-            probabilities[label] = logits.view(-1, router.n_splits, router.n_skills).sigmoid()
-    return _routing(cast(PeftConfig, config), probabilities)
+            found[label] = router.module_logits.detach().float().cpu()
+    return _routing(cast(PeftConfig, config), found)
 
 
-def _routing(config: PeftConfig, probabilities: dict[str, torch.Tensor]) -> Routing:
+def kind_of(config: PeftConfig) -> Kind:
+    """The kind of an adapter of this package, or of PEFT's own Poly."""
+    return KINDS[getattr(config, "poly_type", "poly")]
+
+
+def _routing(config: PeftConfig, logits: dict[str, torch.Tensor]) -> Routing:
     names = getattr(config, "task_names", None) or map(str, range(getattr(config, "n_tasks", 0)))
+    shown = {key: kind_of(config).shown(config, tensor) for key, tensor in logits.items()}
     return Routing(
-        tuple(names), {key: normalise(p) for key, p in probabilities.items()}, probabilities, copy.copy(config)
+        tuple(names),
+        {key: weights for key, (weights, _) in shown.items()},
+        {key: p for key, (_, p) in shown.items() if p is not None},
+        copy.copy(config),
     )
 
 

@@ -17,6 +17,7 @@ from peft.peft_model import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
 
+from ..compute.kinds import KINDS
 from ..config import PolyConfig
 from .sharding import check_given, check_whole
 
@@ -179,10 +180,8 @@ def _section(model: PeftModel, config: PolyConfig, base_model: Optional[str]) ->
     rows = "\n".join(f"| {task} | {_cell(name)} |" for task, name in enumerate(names[:MOST_TASKS]))
     more = f"\n\n... and {len(names) - MOST_TASKS} more." if len(names) > MOST_TASKS else ""
     example = repr(names[0]) if config.task_names else "0"
-    method = "Multi-Head Routing (arXiv 2211.03831)" if config.n_splits > 1 else "Polytropon (arXiv 2202.13914)"
     return f"""\
-This adapter serves {config.n_tasks} task(s) with one inventory of {config.n_skills} LoRA skills of rank {config.r}, \
-mixed per task in {config.n_splits} split(s): {method}.
+{KINDS[config.poly_type].described(config)}
 
 ## Tasks
 

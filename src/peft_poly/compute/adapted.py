@@ -23,6 +23,8 @@ class Adapted(Protocol):
     poly_lora_B: nn.ParameterDict
     poly_router: nn.ModuleDict
     poly_dropout: nn.ModuleDict
+    poly_type: dict[str, str]
+    n_skills: dict[str, int]
     r: dict[str, int]
     scaling: dict[str, float]
     merged_adapters: list[str]

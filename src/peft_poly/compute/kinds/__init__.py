@@ -1,6 +1,13 @@
-"""The kinds of adapter (`PolyConfig.poly_type`), and what each computes with.
+"""The kinds of adapter: what `PolyConfig.poly_type` chooses, each in a file, all in one registry.
 
-May be imported by `compute` and everything above it.
+A new kind is a file with a `Kind` in it, and its place in `KINDS`. May be imported by `compute` and all above it.
 """
 
-__all__: list[str] = []
+from ...config import KINDS as SETTINGS
+from .kind import Kind
+from .mixture import Mixture
+
+__all__ = ["KINDS", "Kind"]
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (Mixture(),)}
+SETTINGS.update(KINDS)

@@ -1,4 +1,4 @@
-"""Mixing of skills and low-rank updates: pure functions of tensors.
+"""Mixing of skills, and the update of rows of several tasks: pure functions of tensors.
 
     A: (h, k, d, r) ──w──▶ A_t: (g, in, r)        in  = h * d        x: (b, ..., in)
     B: (h, k, r, o) ──w──▶ B_t: (g, r, out)       out = h * o        y = (x A_t) B_t * scale
@@ -16,12 +16,8 @@ What is cheap, and why `add_update` chooses as it does:
   brought together by task, `n g l (in + out)` numbers, where a group has up to n rows of l tokens. With few tokens
   (decoding) the second is far less; with many the first, and then the pairs are mixed for the rows at once, which costs
   no more than copying them would. Neither outlives the call.
-- **Orientation**: `A^T x^T` is a wide and short product where `x A` is a tall and thin one, which BLAS on a CPU runs
-  two to four times slower for r < 16 and sixteen tokens or more, and faster for fewer.
 - **Layout**: a mixed A comes out of the product as `(in, r)`, whole slices of it at a time. To turn it into `(r, in)`
   moves single numbers; where some CPUs then take `A^T x^T` in half the time, that pays for many tokens only.
-- **Blocks**: `(m, r) B` with small r and large m is up to 1.6 times faster there as a batch of 32-row products.
-- **The scale** rides as `alpha` on the product that adds to `y`.
 """
 
 from __future__ import annotations
@@ -29,24 +25,11 @@ from __future__ import annotations
 import torch
 
 from ...tasks.grouping import Rows
+from ..products import add_in_runs, add_one, through_A, to_add_to
 
-__all__ = [
-    "add_in_runs",
-    "add_one",
-    "add_update",
-    "cheaper_together",
-    "in_runs",
-    "low_rank_update",
-    "mix_A",
-    "mix_B",
-    "mix_one",
-    "through_A",
-    "to_add_to",
-    "worth_turning",
-]
+__all__ = ["add_update", "cheaper_together", "mix_A", "mix_B", "mix_one", "worth_turning"]
 
-NARROW, BLOCK, BLOCKED = 16, 32, 1 << 18  # one product of rank < NARROW with so many results runs in blocks of rows
-FEW, MANY = 16, 64  # tokens of a pair: below FEW `x A` is the faster order; from MANY on A is worth turning
+MANY = 64  # tokens of a pair: from MANY on A is worth turning
 
 
 def mix_A(w: torch.Tensor, A: torch.Tensor, turned: bool = False) -> torch.Tensor:
@@ -93,23 +76,6 @@ def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def low_rank_update(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * (x A) B`, differentiable, in plain operations that a compiler can fuse.
-
-    Args:
-        x: `(b, ..., in)`.
-        A: `(g, in, r)`, g equal runs of rows.
-        B: `(g, r, out)`.
-        scale: a plain number.
-
-    Returns:
-        `(b, ..., out)`.
-    """
-    if A.shape[0] == 1:
-        return torch.matmul(torch.matmul(x, A[0]) * scale, B[0])
-    return torch.bmm(torch.bmm(in_runs(x, A.shape[0]), A) * scale, B).view(*x.shape[:-1], B.shape[-1])
-
-
 def add_update(
     y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, rows: Rows, owned: bool
 ) -> torch.Tensor:
@@ -141,64 +107,6 @@ def add_update(
     return y
 
 
-def to_add_to(y: torch.Tensor, owned: bool) -> torch.Tensor:
-    """`y` if it can be added to in place, row after row; else a copy."""
-    return y if owned and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
-
-
 def cheaper_together(rows: Rows, x: torch.Tensor, r: int) -> bool:
     """Whether bringing rows together by task moves fewer numbers than a mixed pair for each row would be."""
     return rows.padded is not None and len(rows.padded) * x.shape[1:-1].numel() < x.shape[0] * r
-
-
-def add_in_runs(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """Add `scale * (x A) B` to `y` in place, for rows in equal runs, one per pair.
-
-    Args:
-        y: `(b, ..., out)`, contiguous.
-        x: `(b, ..., in)`, dtype of A.
-        A: `(g, in, r)`.
-        B: `(g, r, out)`.
-        scale: a plain number.
-
-    Returns:
-        `u = x A`, `(g, m, r)`.
-    """
-    if A.shape[0] == 1:  # plain products have less overhead than a batch of one
-        return add_one(y, x, A[0], B[0], scale).unsqueeze(0)
-    tokens = in_runs(x, A.shape[0])
-    u = through_A(tokens, A)
-    if y.dtype == B.dtype:
-        in_runs(y, A.shape[0]).baddbmm_(u, B, alpha=scale)
-    else:
-        y.add_(torch.bmm(u, B).view(y.shape), alpha=scale)
-    return u
-
-
-def through_A(tokens: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """`u = x A` in the faster order: `(g, m, in), (g, in, r) -> (g, m, r)`."""
-    if tokens.shape[1] < FEW:
-        return torch.bmm(tokens, A)
-    return torch.bmm(A.transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
-
-
-def add_one(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """`add_in_runs` of one pair for all rows, A `(in, r)` and B `(r, out)`; returns u `(m, r)`."""
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    m, (r, out) = tokens.shape[0], B.shape
-    u = torch.mm(tokens, A) if m < FEW else torch.mm(A.t(), tokens.t()).t()
-    if y.dtype != B.dtype:
-        y.add_(torch.mm(u, B).view(y.shape), alpha=scale)
-    elif r < NARROW and m * out > BLOCKED and m % BLOCK == 0 and not y.is_cuda:
-        blocks = u.reshape(-1, BLOCK, r)
-        y.view(-1, BLOCK, out).baddbmm_(blocks, B.expand(blocks.shape[0], r, out), alpha=scale)
-    else:
-        (y if y.dim() == 2 else y.view(-1, out)).addmm_(u, B, alpha=scale)
-    return u
-
-
-def in_runs(x: torch.Tensor, g: int) -> torch.Tensor:
-    """`(b, ..., n) -> (g, m, n)`, g equal runs of rows; a view where x is contiguous."""
-    if x.dim() == 3 and x.shape[0] == g:
-        return x
-    return x.reshape(g, x.shape[:-1].numel() // max(g, 1), x.shape[-1])

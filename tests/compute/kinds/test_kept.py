@@ -15,8 +15,8 @@ from tiny import CASES, TASKS
 from torch import nn
 
 import peft_poly
-from peft_poly import PolyLayer, layer
-from peft_poly.compute import paths
+from peft_poly import PolyLayer
+from peft_poly.compute.kinds import mixture
 from peft_poly.compute.kinds.kept import Kept, Shortcut
 from peft_poly.tasks.context import kept_in_generation
 
@@ -62,7 +62,7 @@ def mixes(monkeypatch):
     def counting(mix):
         return lambda w, *rest: (sizes.append(tuple(w.shape)), mix(w, *rest))[1]
 
-    for module, name in ((paths, "mix_A"), (paths, "mix_one"), (layer, "mix_A")):
+    for module, name in ((mixture, "mix_A"), (mixture, "mix_one")):
         monkeypatch.setattr(module, name, counting(getattr(module, name)))
     return sizes
 
@@ -149,14 +149,14 @@ class TestHalfPrecision:
 
 class TestNothingStays:
     def test_the_mixed_pairs_go_with_the_call(self, monkeypatch):
-        made, mix = [], paths.mix_A
+        made, mix = [], mixture.mix_A
 
         def noting(*args):
             pair = mix(*args)
             made.append(weakref.ref(pair))
             return pair
 
-        monkeypatch.setattr(paths, "mix_A", noting)
+        monkeypatch.setattr(mixture, "mix_A", noting)
         generate(make_model("llama"), "llama", [2, 0, 1])
         gc.collect()
         assert made

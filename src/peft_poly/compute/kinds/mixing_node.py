@@ -17,7 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ...router import route
-from .mixing import add_in_runs, in_runs, mix_A, mix_B, to_add_to, worth_turning
+from ..products import add_in_runs, grad_input, in_runs, to_add_to
+from .mixing import mix_A, mix_B, worth_turning
 
 __all__ = ["PolyUpdate"]
 
@@ -97,16 +98,6 @@ class PolyUpdate(torch.autograd.Function):
             scatter = torch.ops.aten.embedding_dense_backward  # deterministic on a GPU too
             grad_logits = scatter(grad_z.reshape(g, h * k), tasks, ctx.n_tasks, -1, False).to(ctx.logits_dtype)
         return grad_base, grad_x, None, None, grad_A, grad_B, grad_logits, None, None, None, None
-
-
-def grad_input(
-    grad: torch.Tensor, grad_u: torch.Tensor, A: torch.Tensor, weight: Optional[torch.Tensor], dtype: torch.dtype
-) -> torch.Tensor:
-    """The gradient of x: `(g, m, out), (g, m, r), (g, r, in), (out, in) -> (g, m, in)`; with no weight, `grad_u A`."""
-    if weight is None or not weight.dtype == grad.dtype == A.dtype == dtype:
-        through_A = torch.bmm(grad_u, A).to(dtype)
-        return through_A if weight is None else through_A + torch.matmul(grad, weight)
-    return torch.matmul(grad, weight).baddbmm_(grad_u, A)
 
 
 def grad_route(grad_w: torch.Tensor, w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,8 @@ from typing import Any, Optional
 
 import torch
 
-from ...router import weigh
-from ..adapted import Adapted
-from ..base_layers import PLAIN_TENSORS
+from .adapted import Adapted
+from .base_layers import PLAIN_TENSORS
 
 __all__ = ["CallWeights"]
 
@@ -52,13 +51,13 @@ class CallWeights:
 
     def _work_out(self, name: str, tasks: torch.Tensor) -> dict[int, tuple[Any, ...]]:
         """By id of the logits: the logits, so that their id stays theirs; what tells a change; the weights."""
-        device, found, h = tasks.device, {}, 1
+        device, found = tasks.device, {}
         layer: Any
         for layer in self.layers:
             router = layer._modules["poly_router"]._modules.get(name)
             logits = None if router is None else router._parameters.get("module_logits")
             if logits is not None and _is_here(logits, device):
-                found[id(logits)], h = logits, router.n_splits
+                found[id(logits)], weigh = logits, router.weigh
         routers = list(found.values())
         if not routers or any(
             logits.dtype != routers[0].dtype or logits.shape != routers[0].shape for logits in routers
@@ -68,7 +67,7 @@ class CallWeights:
             z = torch.stack(routers).index_select(1, tasks)
         else:
             z = torch.stack([torch.embedding(logits, tasks) for logits in routers])
-        w, _ = weigh(z.view(len(routers), tasks.shape[0], h, -1))
+        w = weigh(z)
         return {
             id(logits): (logits, (logits.data_ptr(), logits._version), of_router)
             for logits, of_router in zip(routers, w.unbind(), strict=True)

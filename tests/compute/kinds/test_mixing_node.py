@@ -15,7 +15,7 @@ from torch.autograd import gradcheck
 
 from peft_poly import Linear, PolyConfig
 from peft_poly.compute import paths
-from peft_poly.compute.kinds.autograd import PolyUpdate
+from peft_poly.compute.kinds.mixing_node import PolyUpdate
 
 # n_splits h, n_skills k, d in-features and o out-features of a split, r rank
 SIZES = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_poly.compute.kinds.mixing import FEW, MANY, add_update, low_rank_update, mix_A, mix_B, mix_one, worth_turning
+from peft_poly.compute.kinds.mixing import MANY, add_update, mix_A, mix_B, mix_one, worth_turning
+from peft_poly.compute.products import FEW, low_rank_update
 from peft_poly.tasks.grouping import group_rows
 
 # b rows, h splits, k skills, d in-features and o out-features of a split, r rank

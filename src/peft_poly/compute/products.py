@@ -1,0 +1,108 @@
+"""Low-rank products: pure functions of tensors, whatever made the pairs.
+
+    x (b, ..., in) ──▶ u = x A: (g, m, r) ──▶ y + scale * u B: (b, ..., out)          A: (g, in, r)   B: (g, r, out)
+
+Letters: b rows of the batch, g pairs, m tokens of a pair, r rank.
+
+- **Rows in equal runs of one pair each**: nothing is moved, the input is only viewed as `(g, m, in)`.
+- **Orientation**: `A^T x^T` is a wide and short product where `x A` is a tall and thin one, which BLAS on a CPU runs
+  two to four times slower for r < 16 and sixteen tokens or more, and faster for fewer.
+- **Blocks**: `(m, r) B` with small r and large m is up to 1.6 times faster there as a batch of 32-row products.
+- **The scale** rides as `alpha` on the product that adds to `y`.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+__all__ = ["FEW", "add_in_runs", "add_one", "grad_input", "in_runs", "low_rank_update", "through_A", "to_add_to"]
+
+NARROW, BLOCK, BLOCKED = 16, 32, 1 << 18  # one product of rank < NARROW with so many results runs in blocks of rows
+FEW = 16  # tokens of a pair: below FEW `x A` is the faster order
+
+
+def low_rank_update(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale * (x A) B`, differentiable, in plain operations that a compiler can fuse.
+
+    Args:
+        x: `(b, ..., in)`.
+        A: `(g, in, r)`, g equal runs of rows.
+        B: `(g, r, out)`.
+        scale: a plain number.
+
+    Returns:
+        `(b, ..., out)`.
+    """
+    if A.shape[0] == 1:
+        return torch.matmul(torch.matmul(x, A[0]) * scale, B[0])
+    return torch.bmm(torch.bmm(in_runs(x, A.shape[0]), A) * scale, B).view(*x.shape[:-1], B.shape[-1])
+
+
+def to_add_to(y: torch.Tensor, owned: bool) -> torch.Tensor:
+    """`y` if it can be added to in place, row after row; else a copy."""
+    return y if owned and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
+
+
+def add_in_runs(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """Add `scale * (x A) B` to `y` in place, for rows in equal runs, one per pair.
+
+    Args:
+        y: `(b, ..., out)`, contiguous.
+        x: `(b, ..., in)`, dtype of A.
+        A: `(g, in, r)`.
+        B: `(g, r, out)`.
+        scale: a plain number.
+
+    Returns:
+        `u = x A`, `(g, m, r)`.
+    """
+    if A.shape[0] == 1:  # plain products have less overhead than a batch of one
+        return add_one(y, x, A[0], B[0], scale).unsqueeze(0)
+    tokens = in_runs(x, A.shape[0])
+    u = through_A(tokens, A)
+    if y.dtype == B.dtype:
+        in_runs(y, A.shape[0]).baddbmm_(u, B, alpha=scale)
+    else:
+        y.add_(torch.bmm(u, B).view(y.shape), alpha=scale)
+    return u
+
+
+def through_A(tokens: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """`u = x A` in the faster order: `(g, m, in), (g, in, r) -> (g, m, r)`."""
+    if tokens.shape[1] < FEW:
+        return torch.bmm(tokens, A)
+    return torch.bmm(A.transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
+
+
+def add_one(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """`add_in_runs` of one pair for all rows, A `(in, r)` and B `(r, out)`; returns u `(m, r)`."""
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    m, (r, out) = tokens.shape[0], B.shape
+    u = torch.mm(tokens, A) if m < FEW else torch.mm(A.t(), tokens.t()).t()
+    if y.dtype != B.dtype:
+        y.add_(torch.mm(u, B).view(y.shape), alpha=scale)
+    elif r < NARROW and m * out > BLOCKED and m % BLOCK == 0 and not y.is_cuda:
+        blocks = u.reshape(-1, BLOCK, r)
+        y.view(-1, BLOCK, out).baddbmm_(blocks, B.expand(blocks.shape[0], r, out), alpha=scale)
+    else:
+        (y if y.dim() == 2 else y.view(-1, out)).addmm_(u, B, alpha=scale)
+    return u
+
+
+def in_runs(x: torch.Tensor, g: int) -> torch.Tensor:
+    """`(b, ..., n) -> (g, m, n)`, g equal runs of rows; a view where x is contiguous."""
+    if x.dim() == 3 and x.shape[0] == g:
+        return x
+    return x.reshape(g, x.shape[:-1].numel() // max(g, 1), x.shape[-1])
+
+
+def grad_input(
+    grad: torch.Tensor, grad_u: torch.Tensor, A: torch.Tensor, weight: Optional[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """The gradient of x: `(g, m, out), (g, m, r), (g, r, in), (out, in) -> (g, m, in)`; with no weight, `grad_u A`."""
+    if weight is None or not weight.dtype == grad.dtype == A.dtype == dtype:
+        through_A = torch.bmm(grad_u, A).to(dtype)
+        return through_A if weight is None else through_A + torch.matmul(grad, weight)
+    return torch.matmul(grad, weight).baddbmm_(grad_u, A)
