@@ -50,8 +50,9 @@ setup(
     keywords=["adapters", "lora", "multi-task", "peft", "polytropon", "multi-head routing"],
     package_dir={"": "src"},
     packages=find_packages("src"),
+    py_modules=["peft_poly_cli"],
     package_data={"peft_poly": ["py.typed"]},
-    entry_points={"console_scripts": ["peft-poly = peft_poly.cli.commands:main"]},
+    entry_points={"console_scripts": ["peft-poly = peft_poly_cli:main"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.3",

@@ -6,7 +6,7 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 from typer.main import get_command
 
-from peft_poly.cli.commands import app as command_line
+from peft_poly_cli import app as command_line
 
 
 def prose(text):

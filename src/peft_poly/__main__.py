@@ -1,6 +1,6 @@
 """`python -m peft_poly` is `peft-poly`."""
 
-from .cli.commands import main
+from peft_poly_cli import main
 
 if __name__ == "__main__":
     main()

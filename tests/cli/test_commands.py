@@ -22,14 +22,14 @@ import transformers as tf
 from adapters import adapt, poly, spread
 from hub_server import HubServer
 from safetensors.torch import load_file
-from test_structure import imports_on_load
 from tiny import CASES, MLP, TASKS, bert_config, first, llama, naive_merge
 
 import peft_poly
-from peft_poly.cli.commands import main
 from peft_poly.insight import analysis
+from peft_poly_cli import main
 
 WEIGHTS = "adapter_model.safetensors"
+HEAVY = ("torch", "peft", "peft_poly", "transformers", "safetensors", "huggingface_hub", "matplotlib", "scipy")
 
 
 @pytest.fixture(autouse=True)
@@ -130,11 +130,24 @@ class TestHelp:
     def test_the_version_is_the_packages(self, done):
         assert done("--version").strip() == peft_poly.__version__
 
-    @pytest.mark.parametrize("module", ["cli", "terminal", "__main__"])
-    def test_what_is_slow_to_import_is_imported_by_the_commands(self, module):
-        heavy = {"torch", "peft", "transformers", "safetensors", "huggingface_hub", "matplotlib", "scipy", "jinja2"}
-        assert not {name.partition(".")[0] for name in imports_on_load(module)} & heavy
-        assert {name for name in imports_on_load(module) if name.startswith(".")} <= {".terminal", ".cli"}
+    @pytest.mark.parametrize(
+        ("args", "environment", "said"),
+        [
+            (["--help"], {}, "inspect"),
+            (["export", "--help"], {}, "--output"),
+            (["inspekt"], {}, "inspekt"),
+            ([], {"_PEFT_POLY_COMPLETE": "complete_bash", "COMP_WORDS": "peft-poly in", "COMP_CWORD": "1"}, "inspect"),
+        ],
+        ids=["help", "help of a command", "a mistyped command", "completion"],
+    )
+    def test_answers_that_need_no_model_load_no_torch(self, args, environment, said):
+        code = f"import sys, atexit; atexit.register(lambda: print([m for m in {HEAVY} if m in sys.modules]))"
+        code += f"; import peft_poly_cli; peft_poly_cli.main({args})"
+        env = {**os.environ, **environment}
+        ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+        *_, loaded = ran.stdout.splitlines()
+        assert loaded == "[]"
+        assert said in ran.stdout + ran.stderr
 
 
 class TestInspect:
@@ -491,7 +504,7 @@ class TestBadInput:
         def interrupt(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("peft_poly.checkpoints.reading.read_routing", interrupt)
+        monkeypatch.setattr("peft_poly.cli.commands.read_routing", interrupt)
         code, out, err = run("inspect", adapter)
         assert (code, out) == (130, "")
         assert "Traceback" not in err

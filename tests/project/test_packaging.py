@@ -138,7 +138,7 @@ class TestDistributions:
     def test_an_installed_copy_runs_by_itself(self, installed, tmp_path):
         assert (installed / "peft_poly/py.typed").exists()
         env = {**os.environ, "PYTHONPATH": str(installed)}
-        code = "import peft_poly, peft_poly.cli.commands as c; print(peft_poly.__file__); c.main(['--version'])"
+        code = "import peft_poly, peft_poly_cli as c; print(peft_poly.__file__); c.main(['--version'])"
         where, version = run(sys.executable, "-c", code, cwd=tmp_path, env=env).splitlines()
         assert Path(where).is_relative_to(installed)
         assert peft_poly.__version__ in version

@@ -137,7 +137,7 @@ class TestReference:
     def test_every_command_and_option_is_in_it(self, site):
         from typer.main import get_command
 
-        from peft_poly.cli.commands import app
+        from peft_poly_cli import app
 
         text = (site / "reference/command-line.html").read_text(encoding="utf-8")
         for name, command in get_command(app).commands.items():

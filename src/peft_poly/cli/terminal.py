@@ -1,4 +1,4 @@
-"""How `peft-poly` speaks: results on stdout; progress, notes and one line of error on stderr."""
+"""How the commands speak: results on stdout; progress and notes on stderr."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["NAME", "console", "fail", "note", "print_json", "quiet_libraries", "show_warning", "working"]
-
-NAME = "peft-poly"
+__all__ = ["console", "note", "print_json", "quiet_libraries", "working"]
 
 
 def console(**kwargs: Any) -> Console:
@@ -29,17 +27,6 @@ def print_json(result: Any) -> None:
 def note(text: str) -> None:
     """Say something that is no result."""
     print(text, file=sys.stderr)
-
-
-def fail(message: str) -> NoReturn:
-    """Say in one line what is wrong with the input, and exit with code 2."""
-    note(f"{NAME}: error: {_one_line(message)}")
-    sys.exit(2)
-
-
-def show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-    """Stands in for `warnings.showwarning`: one line, without the place in the code."""
-    note(f"{NAME}: warning: {_one_line(str(message))}")
 
 
 @contextlib.contextmanager
@@ -64,7 +51,3 @@ def quiet_libraries() -> None:
     hub_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -1,0 +1,204 @@
+"""The grammar of `peft-poly`: look at a saved adapter, and turn it into what other programs read.
+
+Beside the package, for `import peft_poly` brings torch, PEFT and transformers: help, a mistyped command and shell
+completion need none of them. A command imports the package, and its work from `peft_poly.cli`, when it runs. Bad input
+ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+
+__all__ = ["app", "main"]
+
+NAME = "peft-poly"
+UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer versions of typer bring themselves
+BAD_INPUT = (ImportError, OSError, RuntimeError, TypeError, ValueError)
+
+app = typer.Typer(
+    name=NAME,
+    help=(
+        "Task-routed adapters (Polytropon, Multi-Head Routing) from the command line: look at their routing, export "
+        "or merge one task, convert checkpoints."
+    ),
+    epilog="Exit code 0: done. 2: bad input, told in one line on stderr. 130: interrupted.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Kind(str, Enum):
+    """Types of checkpoint that can be written."""
+
+    PEFT_POLY = "PEFT_POLY"
+    POLY = "POLY"
+
+
+Adapter = Annotated[
+    str, typer.Argument(metavar="FOLDER_OR_HUB_ID", help="The adapter: its folder, or its repository on the Hub.")
+]
+Base = Annotated[
+    Optional[str],
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="The base model: Hub id or folder. Default: the one that the adapter's config names.",
+    ),
+]
+OneTask = Annotated[Optional[str], typer.Option("--task", metavar="TASK", help="Name or id of one task.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")]
+Force = Annotated[bool, typer.Option("--force", "-f", metavar="", help="Replace what is already there.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout, and nothing else there.")
+]
+
+
+def main(args: Optional[Sequence[str]] = None) -> NoReturn:
+    """Run the command line, and exit with its code."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their callers
+            code = app(args=args, prog_name=NAME, standalone_mode=False)
+    except UsageError as error:
+        fail(f"{error.format_message().rstrip('.?')}. See '{error.ctx.command_path if error.ctx else NAME} --help'.")
+    except BAD_INPUT as error:
+        fail(str(error) or type(error).__name__)
+    except typer.Abort:
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong with the input, and exit with code 2."""
+    print(f"{NAME}: error: {_one_line(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    """Stands in for `warnings.showwarning`: one line, without the place in the code."""
+    print(f"{NAME}: warning: {_one_line(str(message))}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", metavar="", help="Print the version, and exit.")] = False,
+) -> None:
+    if version:
+        from peft_poly import __version__
+
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def inspect(
+    source: Adapter,
+    task: OneTask = None,
+    plot: Annotated[
+        Optional[Path],
+        typer.Option(metavar="FILE", help="Draw heat map and tree of tasks (.png, .svg, .pdf), or --task's layers."),
+    ] = None,
+    html: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="Write a report: one HTML file that needs nothing else.")
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Show what the router has learned: how decided it is, which task uses which skills, which tasks are alike.
+
+    Reads the saved adapter only, no base model. Works for PEFT_POLY and for PEFT's own POLY.
+
+    [dim]peft-poly inspect ./adapter[/dim]
+    [dim]peft-poly inspect ./adapter --task rte --plot rte.png[/dim]
+    [dim]peft-poly inspect someone/adapter --html report.html --json > routing.json[/dim]
+    """
+    from peft_poly.cli import commands
+
+    commands.inspect(source, task, plot=plot, html=html, as_json=as_json, force=force)
+
+
+@app.command()
+def export(
+    source: Adapter,
+    output: Output,
+    base: Base = None,
+    task: OneTask = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write one task as a plain LoRA that PEFT and servers load without peft-poly; without --task every task.
+
+    The outputs equal those of the task. Every task: a subfolder each, and the line with which vLLM serves them all.
+    Of the base model only the config is read, not the weights.
+
+    [dim]peft-poly export ./adapter --task rte --output ./rte-lora[/dim]
+    [dim]peft-poly export ./adapter --base google/flan-t5-large --output ./loras[/dim]
+    """
+    from peft_poly.cli import commands
+
+    commands.export(source, output, base=base, task=task, force=force, as_json=as_json)
+
+
+@app.command()
+def merge(
+    source: Adapter,
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="Name or id of the task.")],
+    output: Output,
+    base: Base = None,
+    safe: Annotated[
+        bool, typer.Option("--safe", metavar="", help="Stop if a merged weight would be NaN or infinite.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write the base model with one task merged into its weights: a plain model, at the base model's speed.
+
+    Its tokenizer is written too, if it has one.
+
+    [dim]peft-poly merge ./adapter --base google/flan-t5-large --task rte --output ./flan-t5-rte[/dim]
+    """
+    from peft_poly.cli import commands
+
+    commands.merge(source, task, output, base=base, safe=safe, force=force, as_json=as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="Folder or Hub id of an adapter, or a Lightning file of the MHR paper."),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write.")],
+    to: Annotated[Kind, typer.Option(help="The type to write: PEFT's own POLY, or PEFT_POLY.")],
+    settings: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="NAME=VALUE", help="A config setting to write; VALUE is JSON or text. Repeat."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as one of another type; the tensors stay bit-equal.
+
+    What POLY cannot say (lora_alpha, dropout, ...) is refused with the reason.
+
+    [dim]peft-poly convert ./peft-poly-adapter ./out --to PEFT_POLY --set 'task_names=["rte", "sst2"]'[/dim]
+    [dim]peft-poly convert ./adapter ./for-peft --to POLY[/dim]
+    """
+    from peft_poly.cli import commands
+
+    commands.convert(source, target, to.value, settings=settings, force=force, as_json=as_json)
