@@ -54,10 +54,14 @@ class PolyConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*): Further modules to train and save as they are (heads, say).
         init_weights (`bool | "mhr"`): True: A as `nn.Linear` per split, B zero. False: B as A, for tests. `"mhr"`:
             A uniform in `+-1/sqrt(3 in_features)`, B zero, as the code of the MHR paper has it.
-        poly_type (`"poly"`): The kind of adapter.
+        poly_type (`"poly" | "gates"`): The kind of adapter. `"poly"` mixes skills by task (Poly; MHR with more than one
+            split). `"gates"` is one LoRA that all tasks share, and a gate for each task, layer and rank, the diagonal
+            case of MTL-LoRA (arXiv 2410.09437): `y = base(x) + ((x A) * g_t) B * lora_alpha / r`.
         n_tasks (`int`, *optional*): Number of tasks (router rows). Default: `len(task_names)`, else 1.
-        n_skills (`int`): Number of skills in the inventory of a layer.
-        n_splits (`int`): Number of splits (heads). Must divide the in- and out-features of every adapted layer.
+        n_skills (`int`, *optional*): Number of skills in the inventory of a layer. Default: 4; with gates 1, and no
+            other is allowed.
+        n_splits (`int`, *optional*): Number of splits (heads). Must divide the in- and out-features of every adapted
+            layer. Default: 1; with gates no other is allowed.
         task_names (`list[str]`, *optional*): A name for each task, usable wherever an id goes. Sets `n_tasks`.
         lora_alpha (`float`): The update is scaled by `lora_alpha / r`. The default is that of PEFT's own Poly, and at
             the learning rate of a LoRA it hardly moves. `r * n_skills` did best on real tasks (the page on

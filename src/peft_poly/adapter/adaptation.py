@@ -39,8 +39,8 @@ def average_skills(config: PolyConfig, layers: Iterable[PolyLayer], adapter_name
     layers = list(layers)
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"Adapter {adapter_name!r} is merged. Call `unmerge_adapter()` before its skills change.")
+    KINDS[config.poly_type].average(layers, adapter_name)
     for layer in layers:
-        KINDS[config.poly_type].average(layer, adapter_name)
         layer.frozen_peft_weight_names[adapter_name] = ROUTER
         layer.poly_router[adapter_name].requires_grad_(False)
     config.n_skills = 1

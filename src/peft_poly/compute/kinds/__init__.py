@@ -4,10 +4,11 @@ A new kind is a file with a `Kind` in it, and its place in `KINDS`. May be impor
 """
 
 from ...config import KINDS as SETTINGS
+from .gates import Gates
 from .kind import Kind
 from .mixture import Mixture
 
 __all__ = ["KINDS", "Kind"]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (Mixture(),)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (Mixture(), Gates())}
 SETTINGS.update(KINDS)

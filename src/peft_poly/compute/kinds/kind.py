@@ -28,13 +28,17 @@ class Kind(ABC):
         name: the value of `PolyConfig.poly_type`.
         n_skills, n_splits: what the config has where they were not given.
         router_lr: the recommended learning rate of the router.
-        centre: the value of a weight that says nothing about a task; pictures are drawn around it. None: they run up
-            from 0.
+        tags: of its model cards.
+        unit: what a weight is one of, for tables and pictures.
+        centre: the value of a weight that says nothing about a task; pictures are drawn around it. None: the weights
+            of a split sum to 1, and pictures run up from 0.
     """
 
     name: str
     n_skills: int
     n_splits: int
+    tags: tuple[str, ...]
+    unit: str
     router_lr: float
     centre: Optional[float]
 
@@ -106,8 +110,8 @@ class Kind(ABC):
         """Whether the router has anything to learn."""
 
     @abstractmethod
-    def average(self, layer: Adapted, name: str) -> None:
-        """In place, under `no_grad`: skills that are the mean over tasks that know nothing; the router says nothing."""
+    def average(self, layers: Sequence[Adapted], name: str) -> None:
+        """In place, under `no_grad`: one LoRA that all tasks share in each layer, and routers that say nothing."""
 
     @abstractmethod
     def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class Mixture(Kind):
     name = "poly"
     n_skills = 4
     n_splits = 1
+    tags = ("polytropon",)
+    unit = "skill"
     router_lr = 0.1
     centre = None
 
@@ -107,17 +109,18 @@ class Mixture(Kind):
         """With one skill there is nothing to mix."""
         return layer.n_skills[name] > 1
 
-    def average(self, layer: Adapted, name: str) -> None:
+    def average(self, layers: Sequence[Adapted], name: str) -> None:
         """MHR-mu: A and B become their means over the skills, each by itself: the mix of equal weights."""
-        for skills in (layer.poly_lora_A, layer.poly_lora_B):
-            old = skills[name]
-            skills[name] = nn.Parameter(old.mean(dim=1, keepdim=True), requires_grad=old.requires_grad)
-        router: Any = layer.poly_router[name]
-        if router.n_skills > 1:  # else a shared router that another layer has made flat
-            old = router.module_logits
-            router.module_logits = nn.Parameter(old.new_zeros(router.n_tasks, router.n_splits), requires_grad=False)
-            router.n_skills = 1
-        layer.n_skills[name] = 1
+        for layer in layers:
+            for skills in (layer.poly_lora_A, layer.poly_lora_B):
+                old = skills[name]
+                skills[name] = nn.Parameter(old.mean(dim=1, keepdim=True), requires_grad=old.requires_grad)
+            router: Any = layer.poly_router[name]
+            if router.n_skills > 1:  # else a shared router that another layer has made flat
+                old = router.module_logits
+                router.module_logits = nn.Parameter(old.new_zeros(router.n_tasks, router.n_splits), requires_grad=False)
+                router.n_skills = 1
+            layer.n_skills[name] = 1
 
     def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:
         """Each LoRA is a skill, and skills have one rank."""

@@ -1,0 +1,223 @@
+"""The kind `"gates"`: one LoRA that all tasks share, and a gate for each task and rank.
+
+    g_t = 1 + module_logits[t]                                (r,)
+    y   = base(x) + ((x A) * g_t) B * lora_alpha / r
+
+The diagonal case of the task matrix of MTL-LoRA (arXiv 2410.09437). Nothing is mixed: a batch of any number of tasks
+costs two products and one multiplication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from ...config import PolyConfig
+from ...router import Router
+from ...tasks.context import TaskBatch
+from ..adapted import Adapted
+from ..parts import router_of, row_tasks, tensors_of
+from ..products import to_add_to
+from .gating_node import GatedUpdate, add_gated
+from .kind import Kind
+
+__all__ = ["GateRouter", "Gates"]
+
+
+class GateRouter(Router):
+    """One row of gates per task, as what they differ from 1 by.
+
+    Args:
+        poly_config (`PolyConfig`): `n_tasks` and `r` are read.
+
+    Attributes:
+        module_logits (`nn.Parameter`): `(n_tasks, r)`, zero at the start.
+    """
+
+    def __init__(self, poly_config: PolyConfig) -> None:
+        super().__init__()
+        self.poly_type = poly_config.poly_type
+        self.n_splits = 1
+        self.n_skills = poly_config.r
+        self.module_logits = nn.Parameter(torch.empty(poly_config.n_tasks, poly_config.r))
+
+    def reset(self) -> None:
+        """All gates at one: every task starts as the shared LoRA."""
+        nn.init.zeros_(self.module_logits)
+
+    def weigh(self, z: torch.Tensor) -> torch.Tensor:
+        """`1 + z`: `(..., r) -> (..., 1, r)`, at least float32."""
+        return (z if z.dtype in (torch.float32, torch.float64) else z.float()).add(1).unsqueeze(-2)
+
+    def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Gates of a batch.
+
+        Args:
+            task_ids (`torch.LongTensor`): `(b,)`; an id out of range fails in the look-up, never wraps.
+            input_ids: ignored; there for PEFT's signature.
+
+        Returns:
+            `(b, 1, r)`, at least float32.
+
+        Raises:
+            ValueError: `task_ids` is None.
+        """
+        if task_ids is None:
+            raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
+        tasks = task_ids.reshape(-1).to(self.module_logits.device)
+        return self.weigh(torch.embedding(self.module_logits, tasks))
+
+
+class Gates(Kind):
+    """`y = base(x) + ((x A) * g_t) B * lora_alpha / r`, `g_t` the gates of the task of each row."""
+
+    name = "gates"
+    tags = ("mtl-lora",)
+    unit = "rank"
+    n_skills = 1
+    n_splits = 1
+    router_lr = 0.03
+    centre = 1.0
+
+    # ------------------------------------------------------------------------------------------------------- settings
+    def check(self, config: PolyConfig) -> None:
+        """One skill, one split, no temperature."""
+        for setting in ("n_skills", "n_splits"):
+            value = getattr(config, setting)
+            if value != 1:
+                raise ValueError(
+                    f"`{setting}` must be 1 with poly_type='gates', one LoRA that all tasks share, got {value!r}. "
+                    f"Leave it out; for a larger adapter choose a larger `r`."
+                )
+        if config.router_temperature != 1:
+            raise ValueError(
+                "`router_temperature` has no meaning with poly_type='gates', whose gates are not sampled, got "
+                f"{config.router_temperature!r}. Leave it out."
+            )
+
+    def columns(self, config: PolyConfig) -> int:
+        """A gate for each rank."""
+        return config.r
+
+    def router(self, config: PolyConfig) -> GateRouter:
+        """See `GateRouter`."""
+        return GateRouter(config)
+
+    def described(self, config: PolyConfig) -> str:
+        """The rank, and where it is from."""
+        return (
+            f"This adapter serves {config.n_tasks} task(s) with one LoRA of rank {config.r} that they share, and a "
+            "gate for each task, layer and rank: the diagonal case of MTL-LoRA (arXiv 2410.09437)."
+        )
+
+    # ---------------------------------------------------------------------------------------- what one layer computes
+    def pair(self, layer: Adapted, name: str, tasks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`A` and `diag(g_t) B`."""
+        A, B = layer.poly_lora_A[name][0, 0], layer.poly_lora_B[name][0, 0]
+        router: Any = layer.poly_router[name]
+        gates = router(tasks).to(B)  # (b, 1, r)
+        return A.expand(gates.shape[0], *A.shape), gates.transpose(1, 2) * B
+
+    def update(self, layer: Adapted, name: str, x: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
+        """`scale * ((x A) * g_t) B`."""
+        A, B = layer.poly_lora_A[name][0, 0], layer.poly_lora_B[name][0, 0]
+        router: Any = layer.poly_router[name]
+        gates = router(tasks)[:, 0] * layer.scaling[name]
+        u = torch.matmul(x, A)
+        rows = gates.view(gates.shape[0], *[1] * (x.dim() - 2), gates.shape[1]) if x.dim() > 1 else gates[0]
+        return torch.matmul(u * rows.to(u), B)
+
+    def node(
+        self,
+        layer: Adapted,
+        name: str,
+        base: Optional[torch.Tensor],
+        x: torch.Tensor,
+        weight: Optional[torch.Tensor],
+        bias: Optional[torch.Tensor],
+        tasks: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `GatedUpdate`."""
+        A, B, logits = tensors_of(layer, name)
+        gates = router_of(layer, name).weigh(torch.embedding(logits, tasks))[:, 0]
+        return GatedUpdate.apply(base, x, weight, bias, A, B, gates * layer.scaling[name])
+
+    def add(
+        self,
+        layer: Adapted,
+        name: str,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        batch: Optional[TaskBatch],
+        n_rows: int,
+        owned: bool,
+    ) -> torch.Tensor:
+        """Two products and one multiplication, whatever the tasks."""
+        A, B, logits = tensors_of(layer, name)
+        gates = scaled_gates(layer, name, logits, batch, n_rows, x.device)
+        y = to_add_to(y, owned)
+        add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), gates.to(A.dtype), A[0, 0], B[0, 0])
+        return y
+
+    # ------------------------------------------------------------------------------------------------------- its life
+    def routes(self, layer: Adapted, name: str) -> bool:
+        """Every task has gates to learn."""
+        return True
+
+    def average(self, layers: Sequence[Adapted], name: str) -> None:
+        """The mean gate goes into B, which is the mean of the tasks' updates; all gates are then one."""
+        routers: dict[int, Any] = {}
+        for layer in layers:
+            router: Any = layer.poly_router[name]
+            routers[id(router)] = router
+            B = layer.poly_lora_B[name]
+            gates = router.weigh(router.module_logits).mean(dim=0)  # (1, r)
+            folded = (gates.to(B).view(1, 1, -1, 1) * B).detach()
+            layer.poly_lora_B[name] = nn.Parameter(folded, requires_grad=B.requires_grad)
+        for router in routers.values():
+            router.module_logits = nn.Parameter(torch.zeros_like(router.module_logits), requires_grad=False)
+
+    def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:
+        """The LoRAs are stacked, so that their ranks add up."""
+        several = {name: sorted(of_lora) for name, of_lora in ranks.items() if len(of_lora) > 1}
+        if several:
+            name, found = next(iter(several.items()))
+            raise ValueError(f"A LoRA must have one rank in all layers, but that of task {name!r} has {found}.")
+        return {"r": sum(rank for of_lora in ranks.values() for rank in of_lora)}
+
+    def take_loras(self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: float) -> None:
+        """Each task's gates are one on the ranks of its own LoRA and zero elsewhere: exact."""
+        logits: Any = layer.poly_router[name].module_logits
+        logits.fill_(-1)
+        first = 0
+        for task, (A, B, scale) in enumerate(pairs):
+            ranks = slice(first, first + A.shape[0])
+            layer.poly_lora_A[name][0, 0, :, ranks] = A.T
+            layer.poly_lora_B[name][0, 0, ranks] = B.T * (scale / layer.scaling[name])
+            logits[task, ranks] = 0
+            first = ranks.stop
+
+    # ------------------------------------------------------------------------------------------------------ its looks
+    def shown(self, config: Any, logits: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The gates; no probability is behind them."""
+        return 1 + logits.unsqueeze(1), None
+
+    def why_not_poly(self, config: PolyConfig) -> Optional[str]:
+        """PEFT's own Poly mixes skills; it has no gates."""
+        return "POLY mixes skills, and this adapter has gates (poly_type='gates'), which it cannot express."
+
+
+def scaled_gates(
+    layer: Adapted, name: str, logits: torch.Tensor, batch: Optional[TaskBatch], n_rows: int, device: torch.device
+) -> torch.Tensor:
+    """`scale * g` of the rows, `(b, r)` or `(1, r)` for all, at least float32."""
+    tasks = row_tasks(layer, name, batch, n_rows)
+    weights, gates = layer.task_context.weights, None
+    if weights is not None:
+        gates = weights.of(logits, name, tasks)
+    if gates is None:
+        gates = router_of(layer, name).weigh(torch.embedding(logits, tasks.to(device, non_blocking=True)))
+    return gates[:, 0] * layer.scaling[name]
