@@ -23,12 +23,14 @@ from transformers.pytorch_utils import Conv1D
 from .compute.base_layers import is_linear
 from .compute.initialisation import draw_skills
 from .compute.kinds import KINDS
+from .compute.kinds.kept import shortcut_of
+from .compute.kinds.serving import check_not_serving
 from .compute.merging import merge, unmerge
 from .compute.paths import choose_path
 from .compute.states import evaluating, keep_requires_grad
 from .config import PolyConfig
 from .router import Router, get_router
-from .tasks.context import TaskContext, kept_in_generation
+from .tasks.context import TaskContext
 from .tasks.ids import TaskIds
 
 __all__ = ["Linear", "PolyLayer"]
@@ -274,9 +276,8 @@ class Linear(nn.Module, PolyLayer):
         Raises:
             ValueError: no task is known, or the ids do not fit the rows.
         """
-        kept = kept_in_generation()
-        if kept is not None and task_ids is None and not args and not kwargs:
-            shortcut = kept.get(self)
+        if task_ids is None and not args and not kwargs:
+            shortcut = shortcut_of(self)
             if shortcut is not None and shortcut.leads(self, x):
                 return shortcut.go(self, x)
         if self._disable_adapters or self.merged_adapters:
@@ -321,6 +322,7 @@ class Linear(nn.Module, PolyLayer):
         unmerge(self)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        check_not_serving(self.task_context, "Loading")
         super()._load_from_state_dict(state_dict, prefix, *args)
         error_msgs = args[-1]
         for name in self.poly_lora_A:

@@ -16,6 +16,7 @@ from .adapter.sharing import router_group, shared_router_keys
 from .adapter.targets import check_architecture, check_target
 from .compute.call_weights import CallWeights
 from .compute.gradients import let_gradients_pass, warn_of_rounding
+from .compute.kinds.serving import check_not_serving
 from .compute.states import keep_requires_grad
 from .config import PolyConfig
 from .layer import Linear, PolyLayer
@@ -86,6 +87,7 @@ class PolyModel(TaskVerbs, BaseTuner):
             ValueError: `n_splits` does not divide a target's features; no target was found; a target is one whose
                 `forward` its model never calls.
         """
+        check_not_serving(self.task_context, "Adding an adapter")
         self._adapted: Optional[list[PolyLayer]] = None
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -205,6 +207,8 @@ class PolyModel(TaskVerbs, BaseTuner):
         Raises:
             ValueError: the adapter is to be trained, and 4-bit weights of the base model give no gradients any more.
         """
+        if mode:
+            check_not_serving(self.task_context, "`train()`")
         if mode and self._trains:
             let_gradients_pass(self.model)  # one that was loaded for inference, and thawed, is here for the first time
         return super().train(mode)

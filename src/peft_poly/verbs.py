@@ -14,6 +14,7 @@ from torch import nn
 from .adapter import adaptation, growth
 from .checkpoints.export import export_lora
 from .checkpoints.sharding import check_whole
+from .compute.kinds.serving import Serving, check_not_serving, serving
 from .compute.merging import merged_weight
 from .compute.states import evaluating
 from .config import PolyConfig
@@ -85,6 +86,26 @@ class TaskVerbs(_Tuner):
         """
         return use_task(self, task)
 
+    def serving(self, max_tasks: Optional[int] = None) -> AbstractContextManager[Serving]:
+        """Context manager: a promise that no parameter changes inside, for services that call the model forward.
+
+        Each task is then mixed once in each layer, and kept to the end of the block; `generate` does so by itself, for
+        one call. Threads share what is kept. Adapters that mix nothing (gates) keep nothing.
+
+        Args:
+            max_tasks: most tasks that a layer keeps; the least recently used go. None: all that come.
+
+        Returns:
+            A context manager, which gives a `Serving`: its `n_tasks` and `nbytes` say what is kept. A layer keeps
+            `(in + out) * r` numbers for a task, and once more as many for the latest batches of several tasks.
+
+        Raises:
+            ValueError: `max_tasks` is no positive integer; the model serves already with another.
+            RuntimeError: (inside) an optimizer step, `train()`, growth, merging, loading or adding an adapter; a
+                parameter has changed in another way.
+        """
+        return serving(self.task_context, self.model.parameters(), max_tasks)
+
     # ----------------------------------------------------------------------------------------------------- look at
     @torch.no_grad()
     def routing_weights(self, adapter_name: Optional[str] = None) -> dict[str, torch.Tensor]:
@@ -128,6 +149,7 @@ class TaskVerbs(_Tuner):
         Raises:
             ValueError: a name is taken, repeated or empty; `init` is unknown; the adapter is merged.
         """
+        check_not_serving(self.task_context, "`add_tasks`")
         name = self._poly_name(adapter_name)
         return growth.add_tasks(self._poly_config(name), name, self._whole_layers(name, "grow").values(), names, init)
 
@@ -143,6 +165,7 @@ class TaskVerbs(_Tuner):
         Raises:
             ValueError: there is no such task; none would be left; it is the set task; the adapter is merged.
         """
+        check_not_serving(self.task_context, "`remove_tasks`")
         name = self._poly_name(adapter_name)
         growth.remove_tasks(self._poly_config(name), name, self._whole_layers(name, "shrink").values(), tasks)
 
@@ -168,6 +191,7 @@ class TaskVerbs(_Tuner):
         Raises:
             ValueError: the adapter has one skill, so that there is nothing to route.
         """
+        check_not_serving(self.task_context, "`train_router_only`")
         name = self._poly_name(adapter_name)
         adaptation.train_router_only(self._poly_layers(name).values(), name)
 
@@ -177,6 +201,7 @@ class TaskVerbs(_Tuner):
         Raises:
             ValueError: there is no such adapter.
         """
+        check_not_serving(self.task_context, "`train_all`")
         name = self._poly_name(adapter_name)
         adaptation.train_all(self._poly_layers(name).values(), name)
 
@@ -189,6 +214,7 @@ class TaskVerbs(_Tuner):
         Raises:
             ValueError: the adapter is merged.
         """
+        check_not_serving(self.task_context, "`average_skills`")
         name = self._poly_name(adapter_name)
         adaptation.average_skills(self._poly_config(name), self._whole_layers(name, "be averaged").values(), name)
 
@@ -209,6 +235,7 @@ class TaskVerbs(_Tuner):
         Raises:
             ValueError: no task was chosen; an adapter is merged already; a weight would not be finite.
         """
+        check_not_serving(self.task_context, "`merge_adapter`")
         names = self.active_adapters if adapter_names is None else adapter_names
         with self.task_context.choosing(task):
             for name in names:
@@ -237,6 +264,7 @@ class TaskVerbs(_Tuner):
         Raises:
             ValueError: as `merge_adapter`; or another task is merged already.
         """
+        check_not_serving(self.task_context, "`merge_and_unload`")
         names = self.active_adapters if adapter_names is None else adapter_names
         with self.task_context.choosing(task):
             for name in names:

@@ -17,9 +17,20 @@ from typing import Optional
 
 import torch
 
-__all__ = ["FEW", "add_in_runs", "add_one", "grad_input", "in_runs", "low_rank_update", "through_A", "to_add_to"]
+__all__ = [
+    "FEW",
+    "add_in_runs",
+    "add_one",
+    "grad_input",
+    "in_runs",
+    "low_rank_update",
+    "scaled_product",
+    "through_A",
+    "to_add_to",
+]
 
 NARROW, BLOCK, BLOCKED = 16, 32, 1 << 18  # one product of rank < NARROW with so many results runs in blocks of rows
+_ZEROS: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}  # what `baddbmm` adds to, and does not read
 FEW = 16  # tokens of a pair: below FEW `x A` is the faster order
 
 
@@ -89,6 +100,16 @@ def add_one(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, 
     else:
         (y if y.dim() == 2 else y.view(-1, out)).addmm_(u, B, alpha=scale)
     return u
+
+
+def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale * a b`, `(g, n, m), (g, m, p) -> (g, n, p)`, in one operation."""
+    if scale == 1.0:
+        return torch.bmm(a, b)
+    key = (a.dtype, a.device)
+    if key not in _ZEROS:
+        _ZEROS[key] = torch.zeros((), dtype=a.dtype, device=a.device)
+    return torch.baddbmm(_ZEROS[key], a, b, beta=0, alpha=scale)
 
 
 def in_runs(x: torch.Tensor, g: int) -> torch.Tensor:

@@ -118,6 +118,7 @@ class TaskContext:
 
     def _forget(self) -> None:
         self._local = _Local()
+        self.serving: Any = None  # what layers keep inside `with model.serving():`
         self._chosen: Union[int, str, dict[str, Union[int, str]], None] = None
         self._notes: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
 

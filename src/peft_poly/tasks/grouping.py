@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
@@ -20,20 +20,36 @@ class Rows:
         padded: LongTensor `(g * n,)`, rows in `g` runs of the longest group's length `n`, shorter groups filled up
             with row 0; None if `index` is.
         place: LongTensor `(b,)`, where each row lies in `padded`; None if `index` is.
+        key: `tasks` as the host knows them, or None.
+        of_rows: the task of each row as the host knows it, if `index` is there.
     """
 
     tasks: torch.Tensor
     index: Optional[torch.Tensor] = None
     padded: Optional[torch.Tensor] = None
     place: Optional[torch.Tensor] = None
+    key: Optional[tuple[int, ...]] = None
+    of_rows: Optional[tuple[int, ...]] = None
 
     def to(self, device: torch.device) -> Rows:
         """The same on another device."""
         if self.tasks.device == device:
             return self
-        parts = (self.tasks, self.index, self.padded, self.place)
-        moved: list[Any] = [None if part is None else part.to(device, non_blocking=True) for part in parts]
-        return Rows(*moved)
+        parts = {"tasks": self.tasks, "index": self.index, "padded": self.padded, "place": self.place}
+        moved: dict[str, Any] = {
+            name: None if part is None else part.to(device, non_blocking=True) for name, part in parts.items()
+        }
+        return replace(self, **moved)
+
+    @property
+    def pattern(self) -> Optional[tuple[int, ...]]:
+        """What the host knows of the rows: with their number, it says the task of each of them."""
+        return self.key if self.of_rows is None else self.of_rows
+
+    def one_by_one(self) -> Rows:
+        """The same rows with a pair each, of tasks that the host knows and that lie in no order."""
+        assert self.index is not None
+        return Rows(self.tasks.index_select(0, self.index), key=self.of_rows)
 
 
 def ungrouped_rows(tasks: torch.Tensor) -> Rows:
@@ -58,7 +74,7 @@ def group_rows(tasks: list[int]) -> Rows:
     distinct = list(dict.fromkeys(tasks))
     run = len(tasks) // len(distinct)
     if [task for task in distinct for _ in range(run)] == tasks:
-        return Rows(torch.tensor(distinct))
+        return Rows(torch.tensor(distinct), key=tuple(distinct))
     pair = {task: i for i, task in enumerate(distinct)}
     index = [pair[task] for task in tasks]
     members: list[list[int]] = [[] for _ in distinct]
@@ -71,4 +87,5 @@ def group_rows(tasks: list[int]) -> Rows:
     for i in index:
         place.append(i * longest + seen[i])
         seen[i] += 1
-    return Rows(torch.tensor(distinct), torch.tensor(index), torch.tensor(padded), torch.tensor(place))
+    pairs, places = torch.tensor(distinct), torch.tensor(place)
+    return Rows(pairs, torch.tensor(index), torch.tensor(padded), places, key=tuple(distinct), of_rows=tuple(tasks))

@@ -17,11 +17,12 @@ from torch import nn
 
 from ...config import PolyConfig
 from ...router import Router
-from ...tasks.context import TaskBatch
+from ...tasks.context import TaskBatch, kept_in_generation
 from ..adapted import Adapted
 from ..parts import router_of, row_tasks, tensors_of
 from ..products import to_add_to
 from .gating_node import GatedUpdate, add_gated
+from .kept import Kept, Origin, Shortcut
 from .kind import Kind
 
 __all__ = ["GateRouter", "Gates"]
@@ -157,9 +158,11 @@ class Gates(Kind):
     ) -> torch.Tensor:
         """Two products and one multiplication, whatever the tasks."""
         A, B, logits = tensors_of(layer, name)
-        gates = scaled_gates(layer, name, logits, batch, n_rows, x.device)
+        gates, scale = gates_of_rows(layer, name, logits, batch, n_rows, x), layer.scaling[name]
+        if layer.training:  # bit for bit as in `node`
+            gates, scale = gates * scale, 1.0
         y = to_add_to(y, owned)
-        add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), gates.to(A.dtype), A[0, 0], B[0, 0])
+        add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), gates.to(A.dtype), A[0, 0], B[0, 0], scale)
         return y
 
     # ------------------------------------------------------------------------------------------------------- its life
@@ -210,14 +213,34 @@ class Gates(Kind):
         return "POLY mixes skills, and this adapter has gates (poly_type='gates'), which it cannot express."
 
 
-def scaled_gates(
-    layer: Adapted, name: str, logits: torch.Tensor, batch: Optional[TaskBatch], n_rows: int, device: torch.device
+def gates_of_rows(
+    layer: Adapted, name: str, logits: torch.Tensor, batch: Optional[TaskBatch], n_rows: int, x: torch.Tensor
 ) -> torch.Tensor:
-    """`scale * g` of the rows, `(b, r)` or `(1, r)` for all, at least float32."""
+    """The gates of the rows, `(b, r)` or `(1, r)` for all, at least float32; kept from token to token in `generate`."""
+    kept = None if layer.training else kept_in_generation()
     tasks = row_tasks(layer, name, batch, n_rows)
+    if kept is None:
+        return _looked_up(layer, name, logits, tasks, x)
+    entry, tensors = kept.get((layer, name)), (logits,)
+    if entry is None or not entry.holds(batch, tasks, tensors):
+        entry = kept[layer, name] = Kept(batch, tasks, tensors, (_looked_up(layer, name, logits, tasks, x),))
+    elif Shortcut.fits(layer, name, x):  # not the first token: there will be more
+        A, B, _ = tensors_of(layer, name)
+        values = (A[0, 0], B[0, 0], entry.values[0].to(A.dtype))
+        kept[layer] = Shortcut(layer, name, x, batch, None, Origin((logits, A, B)), values, _gated)
+    return entry.values[0]
+
+
+def _looked_up(layer: Adapted, name: str, logits: torch.Tensor, tasks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     weights, gates = layer.task_context.weights, None
     if weights is not None:
         gates = weights.of(logits, name, tasks)
     if gates is None:
-        gates = router_of(layer, name).weigh(torch.embedding(logits, tasks.to(device, non_blocking=True)))
-    return gates[:, 0] * layer.scaling[name]
+        gates = router_of(layer, name).weigh(torch.embedding(logits, tasks.to(x.device, non_blocking=True)))
+    return gates[:, 0]
+
+
+def _gated(y: torch.Tensor, x: torch.Tensor, values: tuple[torch.Tensor, ...], scale: float) -> torch.Tensor:
+    A, B, gates = values
+    add_gated(y, x, gates, A, B, scale)
+    return y

@@ -21,8 +21,10 @@ __all__ = ["GatedUpdate", "add_gated"]
 Gradients = tuple[Optional[torch.Tensor], ...]
 
 
-def add_gated(y: torch.Tensor, x: torch.Tensor, s: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """Add `((x A) * s) B` to `y` in place.
+def add_gated(
+    y: torch.Tensor, x: torch.Tensor, s: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
+    """Add `scale * ((x A) * s) B` to `y` in place.
 
     Args:
         y: `(b, ..., out)`, contiguous.
@@ -30,6 +32,7 @@ def add_gated(y: torch.Tensor, x: torch.Tensor, s: torch.Tensor, A: torch.Tensor
         s: `(b, r)`, or `(1, r)` for all rows; dtype of A.
         A: `(in, r)`.
         B: `(r, out)`.
+        scale: a plain number.
 
     Returns:
         `u = x A`, `(g, m, r)` for s of g rows.
@@ -39,9 +42,9 @@ def add_gated(y: torch.Tensor, x: torch.Tensor, s: torch.Tensor, A: torch.Tensor
     u = u.view(s.shape[0], -1, s.shape[1])
     v = (u * s.unsqueeze(1)).view(-1, s.shape[1])
     if y.dtype == B.dtype:
-        y.view(-1, y.shape[-1]).addmm_(v, B)
+        y.view(-1, y.shape[-1]).addmm_(v, B, alpha=scale)
     else:
-        y.add_(torch.mm(v, B).view(y.shape))
+        y.add_(torch.mm(v, B).view(y.shape), alpha=scale)
     return u
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ...router import route
-from ..products import add_in_runs, grad_input, in_runs, to_add_to
+from ..products import add_in_runs, grad_input, in_runs, scaled_product, to_add_to
 from .mixing import mix_A, mix_B, worth_turning
 
 __all__ = ["PolyUpdate"]
@@ -74,7 +74,7 @@ class PolyUpdate(torch.autograd.Function):
         grad_runs = in_runs(grad, g)
         grad_y = grad_runs if grad.dtype == B.dtype else grad_runs.to(B.dtype)
         # (g, r, m): the gradient of u, transposed, which is the fast orientation for all that follows
-        grad_u = torch.bmm(mix_B(w, B), grad_y.transpose(1, 2)).mul_(ctx.scale)
+        grad_u = scaled_product(mix_B(w, B), grad_y.transpose(1, 2), ctx.scale)
         grad_x = None
         if needs_x:
             grad_x = grad_input(grad_runs, grad_u.transpose(1, 2), mix_A(w, A).transpose(1, 2), weight, x.dtype)
@@ -83,7 +83,7 @@ class PolyUpdate(torch.autograd.Function):
             return grad_base, grad_x, *[None] * 9
         # gradients of the mixed pair, (g, r, in) and (g, r, out), in the skills' layout (h, g, ...)
         mixed_A = torch.bmm(grad_u, in_runs(x, g).to(A.dtype)).view(g, r, h, d).permute(2, 0, 3, 1).reshape(h, g, d * r)
-        mixed_B = torch.bmm((u * ctx.scale).transpose(1, 2), grad_y)
+        mixed_B = scaled_product(u.transpose(1, 2), grad_y, ctx.scale)
         mixed_B = mixed_B.view(g, r, h, o).permute(2, 0, 1, 3).reshape(h, g, r * o)
         weights = (w if w.dtype == A.dtype else w.to(A.dtype)).permute(1, 2, 0)  # (h, k, g)
         grad_A = torch.bmm(weights, mixed_A).view(A.shape) if needs_A else None

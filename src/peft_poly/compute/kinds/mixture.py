@@ -15,14 +15,17 @@ from ...router import PolyRouter, normalise, route
 from ...tasks.context import TaskBatch, kept_in_generation
 from ...tasks.grouping import Rows, ungrouped_rows
 from ..adapted import Adapted
-from ..parts import router_of, row_tasks, tensors_of
+from ..parts import FIRST_TASK, router_of, row_tasks, tensors_of
 from ..products import low_rank_update
-from .kept import Kept, Shortcut
+from .kept import Kept, Origin, Products, Shortcut
 from .kind import Kind
 from .mixing import add_update, cheaper_together, mix_A, mix_B, mix_one, worth_turning
 from .mixing_node import PolyUpdate
+from .serving import Serving
 
 __all__ = ["Mixture", "own_skill_logit"]
+
+ONE_TASK = Rows(FIRST_TASK, key=(0,))  # of an adapter that has no other
 
 
 class Mixture(Kind):
@@ -174,34 +177,76 @@ def own_skill_logit(own_weight: float, n_skills: int) -> float:
 def pairs_of_rows(
     layer: Adapted, name: str, batch: Optional[TaskBatch], n_rows: int, x: torch.Tensor
 ) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-    """Which row has which mixed pair, and the pairs; within `generate` they are mixed once and kept to its end."""
-    kept = None if layer.training else kept_in_generation()
+    """Which row has which mixed pair, and the pairs.
+
+    Within `generate` they are mixed once and kept to its end, and in a block of `serving` to the end of that.
+    """
+    kept, store = (None, None) if layer.training else (kept_in_generation(), layer.task_context.serving)
     rows = None
-    if batch is not None and not layer.training:
-        rows = batch.grouped(name, n_rows, x.device, layer.layer_name)
+    if not layer.training:
+        rows = ONE_TASK if batch is None else batch.grouped(name, n_rows, x.device, layer.layer_name)
+        if store is not None and rows.key is not None:
+            return _served(layer, name, batch, rows, x, kept, store)
         if kept is None and rows.index is not None and not cheaper_together(rows, x, layer.r[name]):
             rows = None
     if rows is None:
         rows = ungrouped_rows(row_tasks(layer, name, batch, n_rows).to(x.device, non_blocking=True))
     if kept is None:
-        return rows, *mixed(layer, name, rows, x)
+        return rows, *mixed(layer, name, rows.tasks, x)
     entry, tensors = kept.get((layer, name)), tensors_of(layer, name)
-    if entry is None or not entry.holds(batch, rows, tensors):
-        entry = kept[layer, name] = Kept(batch, rows, tensors, *mixed(layer, name, rows, x))
-    else:  # not the first token: there will be more
-        Shortcut.keep(kept, layer, x, name, entry, rows)
-    return rows, entry.A, entry.B
+    if entry is None or not entry.holds(batch, rows.tasks, tensors):
+        entry = kept[layer, name] = Kept(batch, rows.tasks, tensors, mixed(layer, name, rows.tasks, x))
+    elif Shortcut.fits(layer, name, x):  # not the first token: there will be more
+        kept[layer] = Shortcut(layer, name, x, batch, None, entry.origin, entry.values, _products(rows))
+    return rows, *entry.values
 
 
-def mixed(layer: Adapted, name: str, rows: Rows, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Mixture.pair` for the tasks of `rows`, without autograd or autocast; one is `(in, r)`, `(r, out)`."""
+def _served(
+    layer: Adapted,
+    name: str,
+    batch: Optional[TaskBatch],
+    rows: Rows,
+    x: torch.Tensor,
+    kept: Optional[dict[Any, Any]],
+    store: Serving,
+) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+    """The pairs that the layer keeps for its rows."""
+    if rows.index is not None and not cheaper_together(rows, x, layer.r[name]):
+        rows = rows.one_by_one()
+    tensors = tensors_of(layer, name)
+    pair = store.pairs(layer, name, rows, tensors, lambda tasks: mixed(layer, name, tasks, x))
+    origin = Origin(tensors)
+    if origin.lasting and Shortcut.fits(layer, name, x):
+        place = store.shortcuts if kept is None else kept
+        place[layer] = Shortcut(layer, name, x, batch, rows.pattern, origin, pair, _products(rows))
+    return rows, *pair
+
+
+def _products(rows: Rows) -> Products:
+    """How rows go through their pairs; one token of each row, as in decoding, with the least that can be done."""
+
+    def products(y: torch.Tensor, x: torch.Tensor, pair: tuple[torch.Tensor, ...], scale: float) -> torch.Tensor:
+        A, B = pair
+        if x.dim() == 3 and x.shape[1] == 1 and y.dtype == B.dtype:
+            if A.dim() == 2:
+                y.squeeze(1).addmm_(torch.mm(x.squeeze(1), A), B, alpha=scale)
+                return y
+            if rows.index is None and A.shape[0] == x.shape[0]:
+                return y.baddbmm_(torch.bmm(x, A), B, alpha=scale)
+        return add_update(y, x, A, B, scale, rows, True)
+
+    return products
+
+
+def mixed(layer: Adapted, name: str, tasks: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Mixture.pair` for tasks `(g,)`, without autograd or autocast; one is `(in, r)`, `(r, out)`."""
     A, B, logits = tensors_of(layer, name)
     router = router_of(layer, name)
     weights, w = layer.task_context.weights, None
     if weights is not None and not router.samples:
-        w = weights.of(logits, name, rows.tasks)
+        w = weights.of(logits, name, tasks)
     if w is None:
-        w = route(logits, rows.tasks, router.noise_for(rows.tasks), router.temperature, A.shape[0])[0]
+        w = route(logits, tasks, router.noise_for(tasks), router.temperature, A.shape[0])[0]
     if w.shape[0] == 1:
         return mix_one(w, A, B)
     return mix_A(w, A, worth_turning(x, w.shape[0])), mix_B(w, B)
