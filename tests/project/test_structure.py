@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,25 @@ class TestTheHouse:
             tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / wing).glob("test_*.py")}
             rooms = {name.rpartition(".")[2] for name in FILES if wing_of(name) == wing}
             assert tested & rooms, wing
+
+    def test_the_design_page_says_what_every_floor_is_for(self):
+        text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+        floors = {f"{name}/" if name in WINGS else f"{name}.py" for name in set().union(*FLOORS)}
+        listed = set(re.findall(r"^\| `([\w/.]+)` \| \S", text, re.MULTILINE))
+        assert listed == floors - {"__init__.py", "__main__.py"}
+
+    def test_every_file_that_the_design_page_names_exists(self):
+        text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+        named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", text))
+        assert named
+        assert not [name for name in named if not (PACKAGE / name).exists() and not (ROOT / name).exists()]
+
+    def test_the_picture_of_the_house_is_what_its_script_draws(self):
+        images = ROOT / "docs/images"
+        drawn = runpy.run_path(str(images / "the_house.py"))["draw"]()
+        assert drawn + "\n" == (images / "the-house.svg").read_text(encoding="utf-8"), (
+            "run: python docs/images/the_house.py > docs/images/the-house.svg"
+        )
 
 
 class TestImports:
