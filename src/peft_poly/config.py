@@ -9,10 +9,13 @@ from typing import Any, Literal, Optional, Protocol, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .labels import TaskLabels, read_task_labels
+
 __all__ = ["PolyConfig"]
 
 GRANULARITIES = ("layer", "block", "model")
 INITS = (True, False, "mhr")
+HEADED = ("SEQ_CLS", "TOKEN_CLS")  # task types whose models end in a layer of labels
 
 
 class KindSettings(Protocol):
@@ -63,6 +66,11 @@ class PolyConfig(PeftConfig):
         n_splits (`int`, *optional*): Number of splits (heads). Must divide the in- and out-features of every adapted
             layer. Default: 1; with gates no other is allowed.
         task_names (`list[str]`, *optional*): A name for each task, usable wherever an id goes. Sets `n_tasks`.
+        task_labels (`dict`, *optional*): The labels of each task, for a head per task in place of the base model's last
+            layer (`task_type` `"SEQ_CLS"` or `"TOKEN_CLS"`): by the task's name a list of names, a number of labels, 1
+            for a number to predict, or `{"labels": ..., "kind": "single_label" | "multi_label" | "regression",
+            "weights": [...]}`, where weights multiply the loss of the rows that have the label. Sets `task_names` if
+            those are not given.
         lora_alpha (`float`): The update is scaled by `lora_alpha / r`. The default is that of PEFT's own Poly, and at
             the learning rate of a LoRA it hardly moves. `r * n_skills` did best on real tasks (the page on
             quality of the documentation).
@@ -117,6 +125,9 @@ class PolyConfig(PeftConfig):
         default=None, metadata={"help": "Number of splits; more than 1 is Multi-Head Routing. Default: 1."}
     )
     task_names: Optional[list[str]] = field(default=None, metadata={"help": "A name for each task."})
+    task_labels: Optional[dict[str, Any]] = field(
+        default=None, metadata={"help": "The labels of each task, for a head per task."}
+    )
     lora_alpha: float = field(default=1, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapter."})
     router_temperature: float = field(default=1.0, metadata={"help": "Temperature of the relaxed Bernoulli."})
@@ -160,7 +171,14 @@ class PolyConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`, the indices of the blocks to adapt.")
 
+    @property
+    def labels(self) -> Optional[dict[str, TaskLabels]]:
+        """What `task_labels` says, by task in the order of `task_names`; None if the tasks have no heads."""
+        return None if self.task_labels is None else read_task_labels(self.task_labels, self.task_names or [])
+
     def _check_tasks(self) -> None:
+        if self.task_labels is not None and self.task_names is None:
+            self.task_names = list(read_task_labels(self.task_labels, tuple(self.task_labels)))
         if self.task_names is None:
             self.n_tasks = 1 if self.n_tasks is None else self.n_tasks
             return
@@ -172,6 +190,19 @@ class PolyConfig(PeftConfig):
                 "Leave `n_tasks` out, or make them agree."
             )
         self.n_tasks = len(self.task_names)
+        self._check_labels(self.task_names)
+
+    def _check_labels(self, task_names: list[str]) -> None:
+        if self.task_labels is None:
+            return
+        read_task_labels(self.task_labels, task_names)
+        if self.task_type not in HEADED:
+            raise ValueError(
+                f"`task_labels` makes a head per task, which needs a `task_type` of {' or '.join(HEADED)}, got "
+                f"{self.task_type!r}. In a model of your own put `peft_poly.TaskHeads` in, and its name into "
+                "`modules_to_save`."
+            )
+        self.task_labels = {name: self.task_labels[name] for name in task_names}
 
     def _check_sizes(self) -> None:
         for name in ("r", "n_tasks", "n_skills", "n_splits"):

@@ -12,6 +12,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
+from .adapter.classifiers import (
+    describe_labels,
+    give_back_layers,
+    heads_of,
+    install_heads,
+    replace_heads,
+    reserve_layers,
+)
+from .adapter.labelled_calls import LabelledCalls
 from .adapter.sharing import router_group, shared_router_keys
 from .adapter.targets import check_architecture, check_target
 from .compute.call_weights import CallWeights
@@ -72,6 +81,8 @@ class PolyModel(TaskVerbs, BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not any(_notes_tasks(hook) for hook in model._forward_hooks.values()):
             model.register_forward_hook(self.task_context.note_outputs)
+        if cast(PolyConfig, config).labels is not None:
+            LabelledCalls().hook(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection of an adapter's layers; one that fails leaves the model as it was.
@@ -92,7 +103,9 @@ class PolyModel(TaskVerbs, BaseTuner):
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
+            reserve_layers(model, self.peft_config[adapter_name])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            install_heads(model, self.peft_config[adapter_name], adapter_name)
         except Exception:
             self._take_back(adapter_name)
             for parameter, flag in trainable.items():
@@ -165,6 +178,8 @@ class PolyModel(TaskVerbs, BaseTuner):
                 if isinstance(layer, PolyLayer):
                     stack.enter_context(keep_requires_grad(layer, adapter_name))
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for heads in heads_of(self.model, adapter_name) if autocast_adapter_dtype else ():
+            heads.to(torch.promote_types(next(heads.parameters()).dtype, torch.float32))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, PolyLayer):
@@ -173,11 +188,27 @@ class PolyModel(TaskVerbs, BaseTuner):
             setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        merge = args[0] if args else kwargs.get("merge", True)
+        task = self._prepare_layers_to_save(bool(merge))
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        labels = None if task is None else replace_heads(model, task)
+        if labels is not None:
+            describe_labels(model, labels)
+        LabelledCalls.unhook(model)
         for key, hook in list(model._forward_hooks.items()):
             if _notes_tasks(hook):
                 del model._forward_hooks[key]
         return model
+
+    def _prepare_layers_to_save(self, merge: bool) -> Optional[str]:
+        """Before an adapter is unloaded: the task whose head stays; None for none."""
+        for name in self.active_adapters:
+            config = cast(PolyConfig, self.peft_config[name])
+            if not merge and name not in self.task_context.merged:
+                give_back_layers(self.model, config)
+            elif config.task_names and next(heads_of(self.model, name), None) is not None:
+                return config.task_names[self.task_context.merged.get(name, self.task_context.one_task(name))]
+        return None
 
     # -------------------------------------------------------------------------------------------------- checkpoints
     @classmethod

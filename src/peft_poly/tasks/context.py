@@ -27,9 +27,15 @@ from ..config import PolyConfig
 from .grouping import Rows, group_rows, ungrouped_rows
 from .ids import TaskIds, no_task_message, resolve_task, resolve_tasks
 
-__all__ = ["TaskBatch", "TaskContext", "generation", "kept_in_generation"]
+__all__ = ["TaskBatch", "TaskContext", "entered_context", "generation", "kept_in_generation"]
 
 _generating = threading.local()
+_entered = threading.local()
+
+
+def entered_context() -> Optional[TaskContext]:
+    """The context of the call that this thread is in, for modules that belong to no tuner; None outside of one."""
+    return getattr(_entered, "context", None)
 
 
 @contextmanager
@@ -223,13 +229,15 @@ class TaskContext:
             weights: mixing weights for the one call that this is for; None if it may be for several.
         """
         local = self._local
-        before = local.entry, local.weights
+        before, outer = (local.entry, local.weights), entered_context()
+        _entered.context = self
         local.entry = (batch, -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id())
         local.weights = weights
         try:
             yield
         finally:
             local.entry, local.weights = before
+            _entered.context = outer
 
     @property
     def weights(self) -> Any:

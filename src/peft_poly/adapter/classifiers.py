@@ -1,0 +1,183 @@
+"""Where a classifier of transformers has its last layer, which becomes a head per task, and what comes before it anew.
+
+    backbone ─▶ layers that the base makes anew: pooler, dense, projector ─▶ last layer ─▶ logits
+    (adapted)   trained whole, shared by the tasks, saved                    a head for each task
+
+PEFT's `modules_to_save` trains, saves and switches both: an adapter has a copy of each layer, and in its copy the last
+one is a `TaskHeads`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import PolyConfig
+from ..labels import TaskLabels
+from .heads import TaskHeads
+
+__all__ = [
+    "active_heads",
+    "describe_labels",
+    "give_back_layers",
+    "heads_of",
+    "install_heads",
+    "replace_heads",
+    "reserve_layers",
+]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the last layer is: inside the child `child` of the model, under `path`, which is empty if it is the child.
+
+    `layers` are the children that the base model makes anew, this one among them.
+    """
+
+    child: str
+    path: str
+    layers: tuple[str, ...]
+
+
+def reserve_layers(model: nn.Module, config: PolyConfig) -> None:
+    """Before an adapter is injected: its heads and the layers before them become `modules_to_save`.
+
+    Raises:
+        ValueError: the model has no last layer of labels, or an adapter of another kind sits in it.
+    """
+    if config.labels is None:
+        return
+    place = _place(model)
+    named = list(dict.fromkeys(config.modules_to_save or []))
+    config.modules_to_save = [*named, *(name for name in place.layers if name not in named)]
+
+
+def install_heads(model: nn.Module, config: PolyConfig, adapter_name: str) -> None:
+    """After an adapter was injected: in its copy of the last layers, the last one becomes the heads."""
+    if config.labels is None:
+        return
+    place = _place(model)
+    copies = _wrapper(model, place).modules_to_save
+    last = _within(copies[adapter_name], place.path)
+    if isinstance(last, TaskHeads):
+        return
+    hook, dtype = getattr(last, "_hf_hook", None), last.weight.dtype
+    device = last.weight.device if hook is None else torch.device(hook.execution_device)
+    heads = TaskHeads(last.in_features, config.labels, last.bias is not None, adapter_name)
+    heads.to(device, dtype if dtype.is_floating_point else torch.float32)
+    heads.train(last.training).requires_grad_(last.weight.requires_grad)
+    if place.path:
+        parent, _, name = place.path.rpartition(".")
+        setattr(_within(copies[adapter_name], parent), name, heads)
+    else:
+        copies[adapter_name] = heads
+
+
+def active_heads(model: nn.Module) -> Optional[TaskHeads]:
+    """The heads that a base model computes its logits with; None where these are those of its own last layer."""
+    for child in model.children():
+        if isinstance(child, ModulesToSaveWrapper) and not child.disable_adapters and child.active_adapters:
+            adapter = child.active_adapters[0]
+            for module in child.modules_to_save[adapter].modules() if adapter in child.modules_to_save else ():
+                if isinstance(module, TaskHeads) and module.adapter_name == adapter:
+                    return module
+    return None
+
+
+def heads_of(model: nn.Module, adapter_name: str) -> Iterator[TaskHeads]:
+    """All heads that an adapter trains and saves: of its config, and of modules of one's own."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            yield from (module for module in wrapper.modules_to_save[adapter_name].modules() if _is_heads(module))
+
+
+def give_back_layers(model: nn.Module, config: PolyConfig) -> None:
+    """Before an adapter is unloaded without a merge: the base model gets the layers back that it came with."""
+    if config.labels is not None:
+        for name in _place(model).layers:
+            model.get_submodule(name)._active_adapter = []  # type: ignore[assignment]
+
+
+def replace_heads(model: nn.Module, task: str) -> Optional[TaskLabels]:
+    """After a merge: in place of heads, the layer of one task. Returns what its labels are; None without heads."""
+    labels = None
+    for name, module in list(model.named_modules()):
+        if _is_heads(module):
+            if task not in module.labels:
+                raise ValueError(f"{name} has no head for the task {task!r}. It has: {', '.join(module.labels)}.")
+            labels = module.labels[task]
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.linear(list(module.labels).index(task)))
+    return labels
+
+
+def describe_labels(model: nn.Module, labels: TaskLabels) -> None:
+    """Have the config of a model say which labels its logits are of."""
+    for name, value in labels.config.items():  # the number first: it resets the names
+        setattr(model.config, name, value)
+    if hasattr(model, "num_labels"):
+        model.num_labels = len(labels)
+
+
+def _place(model: nn.Module) -> Place:
+    layers = _new_layers(model)
+    n_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    last: list[tuple[str, str, int]] = []
+    for child, layer in layers.items():
+        for path, module in layer.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                raise ValueError(
+                    f"{child}{'.' if path else ''}{path} has an adapter, and is to be trained whole with the heads of "
+                    "`task_labels`. Leave it out of the other adapter with `exclude_modules`."
+                )
+            if isinstance(module, nn.Linear) and module.out_features == n_labels:
+                last.append((child, path, module.in_features))
+    if not last:
+        raise ValueError(
+            f"{type(model).__name__} has no last layer of labels that a head per task could take the place of. Load "
+            "the base model with the Auto class of the task, such as `AutoModelForSequenceClassification`, "
+            "`AutoModelForTokenClassification` or `AutoModelForImageClassification`. In a model of your own use "
+            "`peft_poly.TaskHeads`."
+        )
+    child, path, _ = last[-1]
+    others = [name for name, inner, size in last[:-1] if name != child and (inner, size) == last[-1][1:]]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} has several last layers of labels, {', '.join([*others, child])}, and a head per "
+            "task can take the place of one only."
+        )
+    return Place(child, path, tuple(layers))
+
+
+def _new_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What a classifier has beside its pretrained backbone, as it came; empty for any other model."""
+    children = dict(model.named_children())
+    backbone = {name for name, child in children.items() if isinstance(child, PreTrainedModel)}
+    backbone |= {getattr(model, "base_model_prefix", "")} & children.keys()
+    if not isinstance(model, PreTrainedModel) or not backbone:
+        return {}
+    layers = {
+        name: child.original_module if isinstance(child, AuxiliaryTrainingWrapper) else child
+        for name, child in children.items()
+        if name not in backbone
+    }
+    return {name: layer for name, layer in layers.items() if next(layer.parameters(), None) is not None}
+
+
+def _wrapper(model: nn.Module, place: Place) -> Any:
+    return model.get_submodule(place.child)
+
+
+def _within(module: nn.Module, path: str) -> Any:
+    return module.get_submodule(path) if path else module
+
+
+def _is_heads(module: Any) -> bool:
+    return isinstance(module, TaskHeads)
