@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
+from .adapter.adaptation import is_router_only
 from .adapter.classifiers import (
     describe_labels,
     give_back_layers,
@@ -19,6 +20,7 @@ from .adapter.classifiers import (
     install_heads,
     replace_heads,
     reserve_layers,
+    train_shared_layers,
 )
 from .adapter.labelled_calls import LabelledCalls
 from .adapter.sharing import router_group, shared_router_keys
@@ -242,6 +244,9 @@ class PolyModel(TaskVerbs, BaseTuner):
             check_not_serving(self.task_context, "`train()`")
         if mode and self._trains:
             let_gradients_pass(self.model)  # one that was loaded for inference, and thawed, is here for the first time
+        for name in self.active_adapters if mode else ():  # PEFT thaws `modules_to_save` when adapters are switched
+            if is_router_only(self._layers(), name):
+                train_shared_layers(self.model, cast(PolyConfig, self.peft_config[name]), name, False)
         return super().train(mode)
 
     def forward(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:

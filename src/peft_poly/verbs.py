@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union, cast
@@ -12,12 +12,14 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from .adapter import adaptation, growth
+from .adapter.classifiers import heads_of, train_shared_layers
 from .checkpoints.export import export_lora
 from .checkpoints.sharding import check_whole
 from .compute.kinds.serving import Serving, check_not_serving, serving
 from .compute.merging import merged_weight
 from .compute.states import evaluating
 from .config import PolyConfig
+from .labels import TaskLabels
 from .layer import Linear
 from .router import Router
 from .tasks.choosing import use_task
@@ -45,6 +47,11 @@ class TaskVerbs(_Tuner):
         """Names of the active adapter's tasks, by id; None if they have none."""
         names = self._poly_config().task_names
         return None if names is None else list(names)
+
+    @property
+    def task_labels(self) -> Optional[dict[str, TaskLabels]]:
+        """The labels of the active adapter's tasks, by name; None if they have no heads of their own."""
+        return self._poly_config().labels
 
     def task_id(self, task: Task) -> int:
         """Id of a task of the active adapter: the row of its routers, from 0.
@@ -130,28 +137,36 @@ class TaskVerbs(_Tuner):
 
     # ---------------------------------------------------------------------------------------------- grow and shrink
     def add_tasks(
-        self, names: Union[Sequence[str], int], init: growth.Init = "mean", adapter_name: Optional[str] = None
+        self,
+        names: Union[Sequence[str], int],
+        init: growth.Init = "mean",
+        adapter_name: Optional[str] = None,
+        labels: Optional[Mapping[str, Any]] = None,
     ) -> list[int]:
-        """Append tasks: a router row each on every layer, and the config. What the model computes for the tasks it
-        had stays bit-equal.
+        """Append tasks: a router row each on every layer, a head each if tasks have them, and the config. What the
+        model computes for the tasks it had stays bit-equal.
 
         The router's parameters are new objects: make the optimizer afterwards, or make it anew.
 
         Args:
             names: the new tasks' names; for an adapter whose tasks have no names, how many to add.
             init: where the rows start: `"mean"` of the known tasks' logits, `"uniform"` weights, the name or id of a
-                task to copy, or `{task: weight}` for a weighted mean of their logits.
+                task to copy, or `{task: weight}` for a weighted mean of their logits. A head is copied from a task of
+                the same labels, and drawn anew otherwise.
             adapter_name: the adapter.
+            labels: the labels of each new task, as in `PolyConfig.task_labels`, where tasks have heads.
 
         Returns:
             The ids of the new tasks.
 
         Raises:
-            ValueError: a name is taken, repeated or empty; `init` is unknown; the adapter is merged.
+            ValueError: a name is taken, repeated or empty; `init` is unknown; labels are missing, or not wanted; the
+                adapter is merged.
         """
         check_not_serving(self.task_context, "`add_tasks`")
         name = self._poly_name(adapter_name)
-        return growth.add_tasks(self._poly_config(name), name, self._whole_layers(name, "grow").values(), names, init)
+        layers, heads = self._whole_layers(name, "grow").values(), list(heads_of(self.model, name))
+        return growth.add_tasks(self._poly_config(name), name, layers, names, init, heads, labels)
 
     def remove_tasks(self, tasks: Union[Task, Sequence[Task]], adapter_name: Optional[str] = None) -> None:
         """Delete tasks. The ids of the tasks behind them move up; names keep their meaning.
@@ -167,7 +182,8 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`remove_tasks`")
         name = self._poly_name(adapter_name)
-        growth.remove_tasks(self._poly_config(name), name, self._whole_layers(name, "shrink").values(), tasks)
+        layers, heads = self._whole_layers(name, "shrink").values(), list(heads_of(self.model, name))
+        growth.remove_tasks(self._poly_config(name), name, layers, tasks, heads)
 
     def rename_task(self, old: Task, new: str, adapter_name: Optional[str] = None) -> None:
         """Give a task another name; its id and what it computes stay.
@@ -182,11 +198,13 @@ class TaskVerbs(_Tuner):
         """
         name = self._poly_name(adapter_name)
         context = self.task_context if name in self.active_adapters else None  # whose set task may be the renamed one
-        growth.rename_task(self._poly_config(name), name, context, old, new)
+        growth.rename_task(self._poly_config(name), name, context, old, new, list(heads_of(self.model, name)))
 
     # --------------------------------------------------------------------------------------------- few-shot regimes
     def train_router_only(self, adapter_name: Optional[str] = None) -> None:
         """MHR-z: freeze the skills, train the router rows (arXiv 2211.03831). `modules_to_save` stay as they are.
+
+        With `task_labels` the heads learn, and the layers before them that all tasks share are frozen with the skills.
 
         Raises:
             ValueError: the adapter has one skill, so that there is nothing to route.
@@ -194,6 +212,7 @@ class TaskVerbs(_Tuner):
         check_not_serving(self.task_context, "`train_router_only`")
         name = self._poly_name(adapter_name)
         adaptation.train_router_only(self._poly_layers(name).values(), name)
+        train_shared_layers(self.model, self._poly_config(name), name, False)
 
     def train_all(self, adapter_name: Optional[str] = None) -> None:
         """Train skills and router rows (of an adapter with one skill: the skill); undoes `train_router_only`.
@@ -204,6 +223,7 @@ class TaskVerbs(_Tuner):
         check_not_serving(self.task_context, "`train_all`")
         name = self._poly_name(adapter_name)
         adaptation.train_all(self._poly_layers(name).values(), name)
+        train_shared_layers(self.model, self._poly_config(name), name, name in self.active_adapters)
 
     def average_skills(self, adapter_name: Optional[str] = None) -> None:
         """MHR-mu: in place, one skill that is the mean of the inventory; the router is flat and frozen.

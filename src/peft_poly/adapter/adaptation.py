@@ -10,7 +10,7 @@ from ..compute.kinds import KINDS
 from ..config import PolyConfig
 from ..layer import PolyLayer
 
-__all__ = ["average_skills", "train_all", "train_router_only"]
+__all__ = ["average_skills", "is_router_only", "train_all", "train_router_only"]
 
 SKILLS = ("poly_lora_A", "poly_lora_B")
 ROUTER = ("poly_router",)
@@ -25,6 +25,11 @@ def train_router_only(layers: Iterable[PolyLayer], adapter_name: str) -> None:
         )
     for layer in layers:
         _train(layer, adapter_name, frozen=SKILLS)
+
+
+def is_router_only(layers: Iterable[PolyLayer], adapter_name: str) -> bool:
+    """Whether `train_router_only` froze the skills of an adapter."""
+    return any(layer.frozen_peft_weight_names.get(adapter_name) == SKILLS for layer in layers)
 
 
 def train_all(layers: Iterable[PolyLayer], adapter_name: str) -> None:

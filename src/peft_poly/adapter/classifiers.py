@@ -31,6 +31,7 @@ __all__ = [
     "install_heads",
     "replace_heads",
     "reserve_layers",
+    "train_shared_layers",
 ]
 
 
@@ -96,6 +97,14 @@ def heads_of(model: nn.Module, adapter_name: str) -> Iterator[TaskHeads]:
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
             yield from (module for module in wrapper.modules_to_save[adapter_name].modules() if _is_heads(module))
+
+
+def train_shared_layers(model: nn.Module, config: PolyConfig, adapter_name: str, train: bool) -> None:
+    """Thaw or freeze what comes before the heads of an adapter: the layers that its tasks share."""
+    for name in () if config.labels is None else _place(model).layers:
+        for module in model.get_submodule(name).modules_to_save[adapter_name].modules():  # type: ignore[index, union-attr]
+            for parameter in () if _is_heads(module) else module.parameters(recurse=False):
+                parameter.requires_grad_(train)
 
 
 def give_back_layers(model: nn.Module, config: PolyConfig) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Union, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Optional, Union, cast
 
 import torch
 from torch import nn
 
 from ..config import PolyConfig, check_task_names
+from ..labels import TaskLabels, read_task_labels
 from ..layer import PolyLayer
 from ..router import Router
 from ..tasks.context import TaskContext
 from ..tasks.ids import resolve_task
+from .heads import TaskHeads
 
 __all__ = ["Init", "add_tasks", "remove_tasks", "rename_task"]
 
@@ -27,13 +29,21 @@ def add_tasks(
     layers: Iterable[PolyLayer],
     names: Union[Sequence[str], int],
     init: Init,
+    heads: Sequence[TaskHeads] = (),
+    labels: Optional[Mapping[str, Any]] = None,
 ) -> list[int]:
     """See `PolyModel.add_tasks`. Everything is checked before anything changes."""
     layers = list(layers)
     _check_not_merged(layers, adapter_name)
     count = _check_new_names(config, adapter_name, names)
     weights = init_weights(init, config, adapter_name)
+    found = _check_new_labels(config, adapter_name, names, heads, labels)
     first = config.n_tasks
+    copied = None if init in ("mean", "uniform") or isinstance(init, dict) else resolve_task(init, config, adapter_name)
+    for module in heads:
+        module.add(found, None if copied is None else _place(module, config, copied))
+    if config.task_labels is not None:
+        config.task_labels = {**config.task_labels, **cast(Mapping[str, Any], labels)}
 
     def grown(logits: torch.Tensor) -> torch.Tensor:
         row = weights.to(logits) @ logits
@@ -46,7 +56,11 @@ def add_tasks(
 
 
 def remove_tasks(
-    config: PolyConfig, adapter_name: str, layers: Iterable[PolyLayer], tasks: Union[Task, Sequence[Task]]
+    config: PolyConfig,
+    adapter_name: str,
+    layers: Iterable[PolyLayer],
+    tasks: Union[Task, Sequence[Task]],
+    heads: Sequence[TaskHeads] = (),
 ) -> None:
     """See `PolyModel.remove_tasks`. Everything is checked before anything changes."""
     layers = list(layers)
@@ -63,12 +77,24 @@ def remove_tasks(
     defaults = [_default_after(context, config, adapter_name, kept) for context in contexts]
     for context, default in zip(contexts, defaults, strict=True):
         context.default = default
+    for module in heads:
+        left = {_place(module, config, task) for task in gone}
+        module.keep([head for head in range(len(module.labels)) if head not in left])
     if config.task_names is not None:
         config.task_names = [config.task_names[task] for task in kept]
+    if config.task_labels is not None:
+        config.task_labels = {name: config.task_labels[name] for name in config.task_names or ()}
     _replace_rows(config, adapter_name, layers, len(kept), lambda logits: logits[kept].clone())
 
 
-def rename_task(config: PolyConfig, adapter_name: str, context: TaskContext | None, old: Task, new: str) -> None:
+def rename_task(
+    config: PolyConfig,
+    adapter_name: str,
+    context: TaskContext | None,
+    old: Task,
+    new: str,
+    heads: Sequence[TaskHeads] = (),
+) -> None:
     """See `PolyModel.rename_task`."""
     if config.task_names is None:
         raise ValueError(f"The tasks of adapter {adapter_name!r} have no names, so none can be changed.")
@@ -77,6 +103,10 @@ def rename_task(config: PolyConfig, adapter_name: str, context: TaskContext | No
     previous, names[task] = names[task], new
     check_task_names(names)
     config.task_names = names
+    for module in heads:
+        module.rename(previous, new)
+    if config.task_labels is not None:
+        config.task_labels = {new if name == previous else name: k for name, k in config.task_labels.items()}
     if context is not None and context.default == previous:
         context.default = new
 
@@ -121,6 +151,32 @@ def _check_new_names(config: PolyConfig, adapter_name: str, names: Union[Sequenc
     if taken:
         raise ValueError(f"Adapter {adapter_name!r} has the task(s) {taken} already. Choose other names.")
     return len(names)
+
+
+def _check_new_labels(
+    config: PolyConfig,
+    adapter_name: str,
+    names: Union[Sequence[str], int],
+    heads: Sequence[TaskHeads],
+    labels: Optional[Mapping[str, Any]],
+) -> dict[str, TaskLabels]:
+    if not heads:
+        if labels is not None:
+            raise ValueError(f"The tasks of adapter {adapter_name!r} have no heads, so `labels` cannot be given.")
+        return {}
+    listed = [] if isinstance(names, int) else list(names)
+    if labels is None or not listed:
+        raise ValueError(
+            f"Each task of adapter {adapter_name!r} has a head of its own, so new ones need names and labels: "
+            "`add_tasks(['stars'], labels={'stars': 1})`."
+        )
+    return read_task_labels(labels, listed)
+
+
+def _place(heads: TaskHeads, config: PolyConfig, task: int) -> Optional[int]:
+    """Which of the heads is that of a task; None if it has none here."""
+    name, names = (config.task_names or [])[task], list(heads.labels)
+    return names.index(name) if name in names else None
 
 
 def _check_not_merged(layers: list[PolyLayer], adapter_name: str) -> None:
