@@ -208,7 +208,7 @@ class PolyModel(TaskVerbs, BaseTuner):
             config = cast(PolyConfig, self.peft_config[name])
             if not merge and name not in self.task_context.merged:
                 give_back_layers(self.model, config)
-            elif config.task_names and next(heads_of(self.model, name), None) is not None:
+            elif config.task_names and heads_of(self.model, name):
                 return config.task_names[self.task_context.merged.get(name, self.task_context.one_task(name))]
         return None
 

@@ -165,7 +165,7 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`add_tasks`")
         name = self._poly_name(adapter_name)
-        layers, heads = self._whole_layers(name, "grow").values(), list(heads_of(self.model, name))
+        layers, heads = self._whole_layers(name, "grow").values(), heads_of(self.model, name)
         return growth.add_tasks(self._poly_config(name), name, layers, names, init, heads, labels)
 
     def remove_tasks(self, tasks: Union[Task, Sequence[Task]], adapter_name: Optional[str] = None) -> None:
@@ -182,7 +182,7 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`remove_tasks`")
         name = self._poly_name(adapter_name)
-        layers, heads = self._whole_layers(name, "shrink").values(), list(heads_of(self.model, name))
+        layers, heads = self._whole_layers(name, "shrink").values(), heads_of(self.model, name)
         growth.remove_tasks(self._poly_config(name), name, layers, tasks, heads)
 
     def rename_task(self, old: Task, new: str, adapter_name: Optional[str] = None) -> None:
@@ -198,7 +198,7 @@ class TaskVerbs(_Tuner):
         """
         name = self._poly_name(adapter_name)
         context = self.task_context if name in self.active_adapters else None  # whose set task may be the renamed one
-        growth.rename_task(self._poly_config(name), name, context, old, new, list(heads_of(self.model, name)))
+        growth.rename_task(self._poly_config(name), name, context, old, new, heads_of(self.model, name))
 
     # --------------------------------------------------------------------------------------------- few-shot regimes
     def train_router_only(self, adapter_name: Optional[str] = None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,6 +29,7 @@ __all__ = [
     "give_back_layers",
     "heads_of",
     "install_heads",
+    "named_heads",
     "replace_heads",
     "reserve_layers",
     "train_shared_layers",
@@ -92,11 +93,21 @@ def active_heads(model: nn.Module) -> Optional[TaskHeads]:
     return None
 
 
-def heads_of(model: nn.Module, adapter_name: str) -> Iterator[TaskHeads]:
-    """All heads that an adapter trains and saves: of its config, and of modules of one's own."""
-    for wrapper in model.modules():
+def named_heads(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, TaskHeads]]:
+    """All heads that an adapter trains and saves, of its config and in modules of one's own.
+
+    Each comes with the name that its layer has in the base model.
+    """
+    for name, wrapper in model.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
-            yield from (module for module in wrapper.modules_to_save[adapter_name].modules() if _is_heads(module))
+            for path, module in wrapper.modules_to_save[adapter_name].named_modules():
+                if _is_heads(module):
+                    yield f"{name}.{path}" if path else name, cast(TaskHeads, module)
+
+
+def heads_of(model: nn.Module, adapter_name: str) -> list[TaskHeads]:
+    """As `named_heads`, without the names."""
+    return [heads for _, heads in named_heads(model, adapter_name)]
 
 
 def train_shared_layers(model: nn.Module, config: PolyConfig, adapter_name: str, train: bool) -> None:

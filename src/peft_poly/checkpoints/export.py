@@ -27,6 +27,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..adapter.classifiers import named_heads
+from ..adapter.heads import TaskHeads
 from ..compute.states import evaluating
 from ..config import PolyConfig
 from ..layer import PolyLayer
@@ -89,13 +91,17 @@ def export_lora(
 # --------------------------------------------------------------------------------------------------------- the source
 @dataclass
 class _Source:
-    """An adapter in a model: `layers` by their names in the base model, and what else was trained with them."""
+    """An adapter in a model: `layers` by their names in the base model, and what else was trained with them.
+
+    Of that, `heads` are the heads per task, by the beginning of their tensors' names.
+    """
 
     adapter: str
     config: PolyConfig
     root: nn.Module
     layers: dict[str, PolyLayer]
     others: dict[str, torch.Tensor]
+    heads: dict[str, TaskHeads]
     base_name: Optional[str]
 
 
@@ -115,7 +121,8 @@ def _source(model: nn.Module, adapter_name: Optional[str]) -> _Source:
     for name, layer in layers.items():
         _check_whole(name, layer, adapter, config)
     base_name = config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
-    return _Source(adapter, config, root, layers, _other_tensors(tuner, root, adapter), base_name)
+    heads = {f"{PREFIX}{name.replace('_orig_mod.', '')}.": module for name, module in named_heads(root, adapter)}
+    return _Source(adapter, config, root, layers, _other_tensors(tuner, root, adapter), heads, base_name)
 
 
 def _only_active(layers: Iterable[PolyLayer]) -> str:
@@ -172,7 +179,11 @@ def _write(source: _Source, lora_config: LoraConfig, task_id: int, folder: Path,
 
 @torch.no_grad()
 def _tensors(source: _Source, task_id: int) -> dict[str, torch.Tensor]:
-    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in source.others.items()}
+    of_heads = tuple(source.heads)
+    kept = {key: tensor for key, tensor in source.others.items() if not of_heads or not key.startswith(of_heads)}
+    for prefix, heads in source.heads.items():
+        kept |= {f"{prefix}{name}": tensor for name, tensor in _head(source, heads, task_id).state_dict().items()}
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in kept.items()}
     for name, layer in source.layers.items():
         ids = torch.tensor([task_id], device=layer.poly_lora_A[source.adapter].device)
         with evaluating(cast(nn.Module, layer.poly_router[source.adapter])):
@@ -180,6 +191,11 @@ def _tensors(source: _Source, task_id: int) -> dict[str, torch.Tensor]:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A[0].T.contiguous().cpu()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = (B[0].T * layer.scaling[source.adapter]).contiguous().cpu()
     return tensors
+
+
+def _head(source: _Source, heads: TaskHeads, task_id: int) -> nn.Linear:
+    names = source.config.task_names
+    return heads.linear(task_id if names is None else list(heads.labels).index(names[task_id]))
 
 
 def _lora_config(source: _Source) -> LoraConfig:
@@ -266,6 +282,16 @@ def vllm_command(base_model: Optional[str], rank: int, folders: Mapping[str, str
     return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {loras}"
 
 
+def _base_lines(source: _Source, cls: str, task_id: int) -> list[str]:
+    """Code that loads the base model; with heads, one whose last layer is that of the task, which no LoRA can say."""
+    labels, name = source.config.labels, source.base_name
+    if labels is None:
+        return [f'base = {cls}.from_pretrained("{name}")']
+    settings = [f"{key}={value!r}" for key, value in list(labels.values())[task_id].config.items()]
+    lines = "".join(f"    {setting},\n" for setting in [f'"{name}"', *settings, "ignore_mismatched_sizes=True"])
+    return [f"base = {cls}.from_pretrained(\n{lines})"]
+
+
 def _card(source: _Source, task_id: int, command: str) -> ModelCard:
     config, base = source.config, source.root
     name = " ".join(config.task_names[task_id].split()) if config.task_names else str(task_id)
@@ -273,7 +299,7 @@ def _card(source: _Source, task_id: int, command: str) -> ModelCard:
     lines = ["from peft import PeftModel"]
     if isinstance(base, PreTrainedModel) and source.base_name:
         cls = type(base).__name__
-        lines += [f"from transformers import {cls}", "", f'base = {cls}.from_pretrained("{source.base_name}")']
+        lines += [f"from transformers import {cls}", "", *_base_lines(source, cls, task_id)]
     else:
         lines += ["", f"base = ...  # the {type(base).__name__} that the adapter was trained on"]
     lines += ['model = PeftModel.from_pretrained(base, "...")  # this folder, or the id of its repository']

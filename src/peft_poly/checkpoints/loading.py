@@ -11,6 +11,7 @@ from typing import Any, Union
 from peft.config import PeftConfig
 from peft.peft_model import PeftModel
 
+from ..labels import TaskLabels
 from .reading import read_config
 
 __all__ = ["check_task_names", "difference", "load_adapter"]
@@ -31,12 +32,15 @@ def load_adapter(original: Callable, model: PeftModel, *args: Any, **kwargs: Any
 
 
 def check_task_names(source: Union[str, Path], config: PeftConfig, adapter_name: str, **hub_kwargs: Any) -> None:
-    """Raise if the named tasks of a saved adapter are not those of `config`; weights without a config say nothing."""
+    """Raise if the named tasks of a saved adapter, or their labels, are not those of `config`.
+
+    Weights without a config say nothing.
+    """
     try:
-        saved = getattr(read_config(source, **hub_kwargs), "task_names", None)
+        found = read_config(source, **hub_kwargs)
     except FileNotFoundError:  # weights alone, which PEFT takes, too
         return
-    names = getattr(config, "task_names", None)
+    saved, names = getattr(found, "task_names", None), getattr(config, "task_names", None)
     if saved and names and saved != names:
         place = str(Path(source, hub_kwargs["subfolder"])) if hub_kwargs.get("subfolder") else str(source)
         raise ValueError(
@@ -45,6 +49,20 @@ def check_task_names(source: Union[str, Path], config: PeftConfig, adapter_name:
             "checkpoint's task_names, in their order; for other tasks, load it with "
             "`PeftModel.from_pretrained(..., is_trainable=True)` and use `add_tasks`."
         )
+    _check_labels(source, getattr(found, "labels", None) or {}, getattr(config, "labels", None) or {}, adapter_name)
+
+
+def _check_labels(
+    source: Union[str, Path], saved: dict[str, TaskLabels], labels: dict[str, TaskLabels], adapter_name: str
+) -> None:
+    for task in {**saved, **labels}:
+        there, here = saved.get(task), labels.get(task)
+        if there is None or here is None or (there.kind, there.names) != (here.kind, here.names):
+            raise ValueError(
+                f"The task_labels of the checkpoint {str(source)!r} are not those of the model: task {task!r} has "
+                f"{there or 'no head'} there, and {here or 'no head'} in adapter {adapter_name!r}. Make the model with "
+                "the checkpoint's task_labels, or load it with `PeftModel.from_pretrained`, which does."
+            )
 
 
 def difference(given: Sequence[str], of_model: Sequence[str]) -> str:

@@ -178,7 +178,12 @@ def create_or_update_model_card(original: Callable, model: PeftModel, output_dir
 
 def _section(model: PeftModel, config: PolyConfig, base_model: Optional[str]) -> str:
     names = config.task_names or [str(task) for task in range(config.n_tasks)]
-    rows = "\n".join(f"| {task} | {_cell(name)} |" for task, name in enumerate(names[:MOST_TASKS]))
+    labels, head, line = config.labels, "| id | task |", "|---|---|"
+    cells = [f"| {task} | {_cell(name)} |" for task, name in enumerate(names)]
+    if labels is not None:
+        head, line = f"{head} labels |", f"{line}---|"
+        cells = [f"{row} {_cell(str(found))} |" for row, found in zip(cells, labels.values(), strict=True)]
+    rows = "\n".join(cells[:MOST_TASKS])
     more = f"\n\n... and {len(names) - MOST_TASKS} more." if len(names) > MOST_TASKS else ""
     example = repr(names[0]) if config.task_names else "0"
     return f"""\
@@ -186,8 +191,8 @@ def _section(model: PeftModel, config: PolyConfig, base_model: Optional[str]) ->
 
 ## Tasks
 
-| id | task |
-|---|---|
+{head}
+{line}
 {rows}{more}
 
 ## How to load it
