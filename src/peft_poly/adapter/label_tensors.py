@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..labels import UNLABELLED, TaskLabels
 
-__all__ = ["LabelTable", "check_labels", "count_labelled", "label_cells"]
+__all__ = ["LabelTable", "check_labels", "label_cells", "places_labelled"]
 
 
 class LabelTable:
@@ -62,15 +62,15 @@ def label_cells(labels: torch.Tensor, places: torch.Size, width: int) -> torch.T
     return functional.pad(cells, (0, width - cells.shape[-1]), value=UNLABELLED)
 
 
-def count_labelled(labels: torch.Tensor, n_dims: int) -> torch.Tensor:
-    """How many places of a batch are labelled, whatever their kind.
+def places_labelled(labels: torch.Tensor, n_dims: int) -> torch.Tensor:
+    """Which places of a batch are labelled, whatever their kind; a BoolTensor of `n_dims` dimensions.
 
     Args:
         labels: the batch's.
         n_dims: dimensions of its places: 1 for rows, 2 for tokens.
     """
     labelled = labels != UNLABELLED
-    return (labelled.any(-1) if labels.dim() > n_dims else labelled).sum()
+    return labelled.any(-1) if labels.dim() > n_dims else labelled
 
 
 def check_labels(cells: torch.Tensor, tasks: torch.Tensor, table: LabelTable, per_row: int = 1) -> None:

@@ -6,9 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional, Union
 
 import torch
-from transformers import default_data_collator
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+    default_data_collator,
+)
 
+from ..labels import TaskLabels, read_task_labels
 from ..tasks.ids import nearest_name, rows_of_call
+from .labels import LABEL_COLUMNS, label_tensor, plain_label_tensor
 
 __all__ = ["DataCollatorWithTaskIds", "tasks_of"]
 
@@ -23,15 +30,19 @@ class DataCollatorWithTaskIds:
     multiple choice. The stock `Trainer` keeps both columns for this collator. Its other attributes, such as the
     `tokenizer` that a `Trainer` saves, are those of the wrapped collator.
 
+    Where tasks have heads of their own (`PolyConfig.task_labels`) it builds `labels` itself, from classes, lists of them
+    and numbers in one batch, and checks them. A `Trainer` tells it the labels of its model.
+
     Args:
         collator: makes a batch, a mapping, of a list of rows. None: `transformers.default_data_collator`.
         task_names: the adapter's `task_names`, by id, to look names up in and to check ids against; None if the rows
             carry ids.
+        task_labels: the adapter's `task_labels`, where tasks have heads; rows may then name their labels.
 
     Raises:
         ValueError: a row has no task, an unknown one (the message has the row, and the nearest name), two that differ,
             or another column than the rows before it; or the batch has not one row for each row of the data set, as
-            after packing, and not one task for all of them.
+            after packing, and not one task for all of them; or a label is none of its task's.
         TypeError: the collator cannot be called; rows or the batch are no mappings.
 
     Example:
@@ -47,7 +58,10 @@ class DataCollatorWithTaskIds:
     """
 
     def __init__(
-        self, collator: Optional[Callable[[list], Any]] = None, task_names: Optional[Sequence[str]] = None
+        self,
+        collator: Optional[Callable[[list], Any]] = None,
+        task_names: Optional[Sequence[str]] = None,
+        task_labels: Optional[Mapping[str, Any]] = None,
     ) -> None:
         if isinstance(collator, DataCollatorWithTaskIds):
             raise ValueError("The collator is a DataCollatorWithTaskIds already. Pass the one inside of it.")
@@ -60,6 +74,23 @@ class DataCollatorWithTaskIds:
             raise ValueError(f"task_names must be a list of names, got the one string {task_names!r}.")
         self.collator = default_data_collator if collator is None else collator
         self.task_names = None if task_names is None else list(task_names)
+        self.labels: Optional[dict[str, TaskLabels]] = None
+        self.per_token = isinstance(self.collator, DataCollatorForTokenClassification)
+        if task_labels is not None:
+            self.describe_labels(task_labels, self.per_token)
+
+    def describe_labels(self, task_labels: Mapping[str, Any], per_token: bool) -> None:
+        """Say what the labels of tasks are, as a `Trainer` does.
+
+        Args:
+            task_labels: as in `PolyConfig.task_labels`.
+            per_token: whether rows have a label for each token.
+
+        Raises:
+            ValueError: they are not those of the tasks.
+        """
+        self.task_names = list(task_labels) if self.task_names is None else self.task_names
+        self.labels, self.per_token = read_task_labels(task_labels, self.task_names), per_token
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
         """The batch of the wrapped collator, with `task_ids`."""
@@ -72,11 +103,34 @@ class DataCollatorWithTaskIds:
                     f"{_listed(columns[0])} and row {index} has {_listed(found)}."
                 )
         ids = torch.tensor([self._task_id_of(row, index) for index, row in enumerate(rows)], dtype=torch.long)
-        batch = self.collator([{k: v for k, v in row.items() if k not in TASK_COLUMNS} for row in rows])
+        labels = self._labels(rows)
+        taken = TASK_COLUMNS if labels is None else (*TASK_COLUMNS, *LABEL_COLUMNS)
+        batch: Any = self.collator([{k: v for k, v in row.items() if k not in taken} for row in rows])
         if not isinstance(batch, Mapping):
             raise TypeError(f"The collator must return a mapping, such as a dict, got {type(batch).__name__}.")
+        if isinstance(labels, torch.Tensor):
+            batch["labels"] = labels  # type: ignore[index]
+        elif labels is not None:
+            batch["labels"] = self._described(labels, ids.tolist(), batch)  # type: ignore[index]
         batch["task_ids"] = self._fitted(ids, batch)  # type: ignore[index]
         return batch
+
+    def _labels(self, rows: list[Mapping[str, Any]]) -> Union[torch.Tensor, list[Any], None]:
+        """The rows' labels, where they are ours to put together; as a tensor if nothing has described them."""
+        columns = [next((name for name in LABEL_COLUMNS if name in row), None) for row in rows]
+        if not any(columns):
+            return None
+        values = [None if name is None else _as_list(row[name]) for row, name in zip(rows, columns, strict=True)]
+        if self.labels is not None:
+            return values
+        leaves_labels = isinstance(self.collator, (DataCollatorWithPadding, DefaultDataCollator))
+        ours = self.collator is default_data_collator or leaves_labels
+        return plain_label_tensor(values) if ours else None
+
+    def _described(self, values: list[Any], ids: list[int], batch: Mapping[str, Any]) -> torch.Tensor:
+        length = batch["input_ids"].shape[1] if self.per_token else None
+        left = getattr(getattr(self.collator, "tokenizer", None), "padding_side", "right") == "left"
+        return label_tensor(values, ids, self.labels or {}, length, left)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "collator" not in vars(self):  # while it is copied or unpickled
@@ -205,6 +259,10 @@ def _preview(row: Mapping[str, Any]) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
 
 
 def _listed(columns: tuple[str, ...]) -> str:

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import numpy as np
 from transformers import EvalPrediction
 
-__all__ = ["PerTaskMetrics"]
+from ..labels import UNLABELLED, TaskLabels
+
+__all__ = ["PerTaskMetrics", "TaskPrediction"]
+
+
+class TaskPrediction(EvalPrediction):
+    """The predictions and labels of one task's rows.
+
+    Where tasks have heads of their own, `predictions` are the logits `(rows, [l,] k)` of the task's `k` labels,
+    `label_ids` integers for classes, `(rows, [l,] k)` for several at once, numbers else, and rows without a label are
+    left out.
+
+    Attributes:
+        task: its name (its id if tasks have no names).
+        labels: what its labels are, with `kind` and `names`; None where tasks have no heads.
+    """
+
+    task: Any = None
+    labels: Optional[TaskLabels] = None
 
 
 class PerTaskMetrics:
     """Makes a `compute_metrics` answer for each task by itself, and for all rows.
 
     Pass it to any `Trainer` as `compute_metrics=`. At each evaluation it calls the function once with all rows and once
-    with the rows of each task that is there. The trainer then logs `eval_<metric>` and `eval_<task>_<metric>`, and
-    `table` has the same by task; `str()` prints it, with the mean over tasks.
+    with the rows of each task that is there, as a `TaskPrediction`. The trainer then logs `eval_<metric>` and
+    `eval_<task>_<metric>`, and `table` has the same by task; `str()` prints it, with the mean over tasks.
+
+    Where tasks have heads of their own there is no call with all rows: `eval_<metric>` is then the mean over the tasks
+    that have the metric.
 
     Args:
         compute_metrics: takes an `EvalPrediction`, returns `{metric: value}`.
@@ -64,24 +87,33 @@ class PerTaskMetrics:
         self.task_names = None if task_names is None else list(task_names)
         self.table: dict[str, dict[str, Any]] = {}
 
-    def __call__(self, prediction: EvalPrediction, task_ids: Optional[np.ndarray] = None) -> dict[str, Any]:
+    def __call__(
+        self,
+        prediction: EvalPrediction,
+        task_ids: Optional[np.ndarray] = None,
+        task_labels: Optional[Mapping[str, TaskLabels]] = None,
+    ) -> dict[str, Any]:
         """Metrics of all rows, and of each task as `<task>_<metric>`.
 
         Args:
             prediction: what a trainer hands over.
             task_ids: the rows' tasks, `(rows,)`. A trainer of a task-routed model passes them. None: the last of
                 `prediction.label_ids`, where `TrainingArguments(label_names=[..., "task_ids"])` puts them.
+            task_labels: what the labels of tasks with heads are. A trainer of a task-routed model passes them.
         """
         if task_ids is None:
             prediction, task_ids = self._ids_among_labels(prediction)
         n_rows = _n_rows(prediction.predictions)
         if len(task_ids) != n_rows:
             raise ValueError(f"There are {len(task_ids)} task ids for {n_rows} predictions; one per row is needed.")
-        metrics = self._measured(prediction)
-        self.table = {
-            self._name(task): self._measured(_rows(prediction, np.flatnonzero(task_ids == task)))
-            for task in np.unique(task_ids).tolist()
-        }
+        described = None if task_labels is None else list(task_labels.values())
+        self.table = {}
+        for task in np.unique(task_ids).tolist():
+            labels = None if described is None else described[task]
+            rows = self._of_task(prediction, np.flatnonzero(task_ids == task), task, labels)
+            if len(_first(rows.predictions)):
+                self.table[self._name(task)] = self._measured(rows)
+        metrics = self._measured(prediction) if described is None else self._means()
         for name, row in self.table.items():
             for metric, value in row.items():
                 key = f"{name}_{metric}"
@@ -91,9 +123,8 @@ class PerTaskMetrics:
         return metrics
 
     def __str__(self) -> str:
-        names = list(dict.fromkeys(metric for row in self.table.values() for metric in row))
-        values = {metric: [row[metric] for row in self.table.values() if metric in row] for metric in names}
-        mean = {metric: np.mean(found) for metric, found in values.items()}
+        mean = self._means()
+        names = list(mean)
         rows = [["task", *names]]
         for task, row in [*self.table.items(), ("mean", mean)]:
             rows.append([task, *(f"{row[metric]:.4g}" if metric in row else "" for metric in names)])
@@ -104,6 +135,12 @@ class PerTaskMetrics:
             for row in rows
         ]
         return "\n".join(lines)
+
+    def _means(self) -> dict[str, Any]:
+        """The mean of each metric over the tasks that have it."""
+        names = dict.fromkeys(metric for row in self.table.values() for metric in row)
+        values = {metric: [row[metric] for row in self.table.values() if metric in row] for metric in names}
+        return {metric: float(np.mean(found)) for metric, found in values.items()}
 
     def check_arguments(self, args: Any) -> None:
         """Raise `ValueError` for `TrainingArguments` under which the rows do not come together in one call."""
@@ -117,7 +154,19 @@ class PerTaskMetrics:
                 f"compute_metrics must return metrics by name, such as {{'accuracy': 0.5}}, got {found!r}, a "
                 f"{type(found).__name__}."
             )
-        return dict(found)
+        for metric in [name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)]:
+            where = f" of task {prediction.task!r}" if isinstance(prediction, TaskPrediction) else ""
+            warnings.warn(f"The metric {metric!r}{where} is {found[metric]} and is left out: JSON has no such number.")
+        return {k: v for k, v in found.items() if not (isinstance(v, float) and not math.isfinite(v))}
+
+    def _of_task(
+        self, prediction: EvalPrediction, index: np.ndarray, task: int, labels: Optional[TaskLabels]
+    ) -> TaskPrediction:
+        rows = _rows(prediction, index)
+        if labels is not None:
+            rows = _own(rows, labels)
+        rows.task, rows.labels = self._name(task), labels
+        return rows
 
     def _name(self, task: int) -> str:
         if self.task_names is None:
@@ -140,12 +189,31 @@ class PerTaskMetrics:
 
 
 def _n_rows(predictions: Any) -> int:
+    return len(_first(predictions))
+
+
+def _first(predictions: Any) -> Any:
     while isinstance(predictions, (tuple, list)):
         predictions = predictions[0]
-    return len(predictions)
+    return predictions
 
 
-def _rows(prediction: EvalPrediction, index: np.ndarray) -> EvalPrediction:
+def _own(rows: TaskPrediction, labels: TaskLabels) -> TaskPrediction:
+    """Predictions and labels of one task without the columns of wider heads, and without unlabelled rows."""
+    logits, found = _first(rows.predictions)[..., : len(labels)], np.asarray(_first(rows.label_ids))
+    n_dims = logits.ndim - 1  # 1 where rows have one label, 2 where tokens have
+    if found.ndim > n_dims:
+        found = found[..., : len(labels)] if labels.kind == "multi_label" else found[..., 0]
+    if labels.kind != "regression":
+        found = found.astype(np.int64)
+    if n_dims == 1:
+        used = found != UNLABELLED
+        keep = np.flatnonzero(used.any(-1) if used.ndim > 1 else used)
+        logits, found = logits[keep], found[keep]
+    return TaskPrediction(predictions=logits, label_ids=found, inputs=rows.inputs, losses=rows.losses)
+
+
+def _rows(prediction: EvalPrediction, index: np.ndarray) -> TaskPrediction:
     """The rows at `index` `(n,)` of everything that a trainer handed over."""
 
     def of(value: Any) -> Any:
@@ -155,7 +223,7 @@ def _rows(prediction: EvalPrediction, index: np.ndarray) -> EvalPrediction:
             return {key: of(entry) for key, entry in value.items()}
         return type(value)(of(entry) for entry in value) if isinstance(value, (tuple, list)) else value[index]
 
-    return EvalPrediction(
+    return TaskPrediction(
         predictions=of(prediction.predictions),
         label_ids=of(prediction.label_ids),
         inputs=of(prediction.inputs),

@@ -20,6 +20,7 @@ from ..config import PolyConfig
 from ..model import PolyModel, tuner_of
 from ..tasks.ids import resolve_task
 from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, check_columns, tasks_of
+from .labelled import counting_places, headed_config, smoothing_by_head, tell_labels
 from .metrics import PerTaskMetrics
 
 __all__ = ["LESSONS"]
@@ -37,6 +38,7 @@ def _keeping_columns(method: Callable) -> Callable:
         tuner = _tuner_of(self)
         if tuner is not None:
             _check_names(self, tuner)
+            tell_labels(self.data_collator, tuner)
             _check_rows_have_one_task(self, tuner, args[0] if args else None)
             if self.args.remove_unused_columns:
                 self._set_signature_columns_if_needed()
@@ -144,14 +146,15 @@ def _handing_ids(method: Callable) -> Callable:
         if not isinstance(self.compute_metrics, PerTaskMetrics) or _tuner_of(self) is None:
             return method(self, *args, **kwargs)
         self.compute_metrics.check_arguments(self.args)
-        with _collecting_ids(self):
+        config = headed_config(_tuner_of(self))
+        with _collecting_ids(self, None if config is None else config.labels):
             return method(self, *args, **kwargs)
 
     return wrapper
 
 
 @contextmanager
-def _collecting_ids(trainer: Any) -> Iterator[None]:
+def _collecting_ids(trainer: Any, labels: Any) -> Iterator[None]:
     metrics, step, ids = trainer.compute_metrics, trainer.prediction_step, []
 
     def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +169,9 @@ def _collecting_ids(trainer: Any) -> Iterator[None]:
     # On the instance for the time of the loop: it wins over the class, whichever trainer that is.
     own = vars(trainer).get("prediction_step")
     trainer.prediction_step = prediction_step
-    trainer.compute_metrics = lambda prediction: metrics(prediction, task_ids=torch.cat(ids).numpy())
+    trainer.compute_metrics = lambda prediction: metrics(
+        prediction, task_ids=torch.cat(ids).numpy(), task_labels=labels
+    )
     try:
         yield
     finally:
@@ -183,5 +188,7 @@ LESSONS: dict[str, Callable[[Callable], Callable]] = {
     "evaluation_loop": _handing_ids,
     "_load_from_checkpoint": _checking_checkpoint,
     "_load_best_model": _checking_checkpoint,
+    "_get_num_items_in_batch": counting_places(_tuner_of),
+    "compute_loss": smoothing_by_head(_tuner_of),
     "_load_optimizer_and_scheduler": _checking_checkpoint,  # DeepSpeed loads without the first
 }
