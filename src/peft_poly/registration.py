@@ -4,7 +4,8 @@ PEFT hands `task_ids` on for its own Poly only, and its `generate` and plain `Pe
 `generate` of its model classes, and transformers' `generate`, are wrapped: for a task-routed model the wrapper takes
 `task_ids` out of the call and enters the tuner's context with them; every other model passes straight through. The
 saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`; so are
-`load_adapter`, for the check of names in `loading.py`, and transformers' `Trainer`, for the lessons of `trainer.py`.
+`load_adapter`, for the check of names in `loading.py`, transformers' `Trainer`, for the lessons of `trainer.py`, and
+its pipelines for classification, for the steps of `pipelines.py`.
 Wrapping keeps names and signatures, is marked, and is done once however often the package is imported or reloaded.
 """
 
@@ -26,6 +27,7 @@ from transformers import GenerationMixin
 from .checkpoints import loading, saving
 from .config import PolyConfig
 from .model import PolyModel, tuner_of
+from .pipelines import PIPELINES, STEPS
 from .tasks.context import generation
 from .training.trainer import LESSONS
 
@@ -50,6 +52,9 @@ def register() -> None:
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
     _wrap(PeftModel, "create_or_update_model_card", _for_poly(saving.create_or_update_model_card))
     _wrap(PeftModel, "get_base_model", _asked_for_base)
+    for cls in PIPELINES:
+        for name, make in STEPS.items():
+            _wrap(cls, name, make)
     _teach_trainer()
 
 

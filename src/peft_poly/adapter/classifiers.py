@@ -29,6 +29,7 @@ __all__ = [
     "give_back_layers",
     "heads_of",
     "install_heads",
+    "labelled",
     "named_heads",
     "replace_heads",
     "reserve_layers",
@@ -139,11 +140,17 @@ def replace_heads(model: nn.Module, task: str) -> Optional[TaskLabels]:
 
 
 def describe_labels(model: nn.Module, labels: TaskLabels) -> None:
-    """Have the config of a model say which labels its logits are of."""
-    for name, value in labels.config.items():  # the number first: it resets the names
-        setattr(model.config, name, value)
+    """Have a model and its config say which labels its logits are of."""
+    labelled(model.config, labels)
     if hasattr(model, "num_labels"):
         model.num_labels = len(labels)
+
+
+def labelled(config: Any, labels: TaskLabels) -> Any:
+    """A config of transformers, told which labels the logits are of."""
+    for name, value in labels.config.items():  # the number first: it resets the names
+        setattr(config, name, value)
+    return config
 
 
 def _place(model: nn.Module) -> Place:
