@@ -146,9 +146,6 @@ def _weights(task: str, weights: Any, names: tuple[str, ...], kind: str) -> Opti
         return None
     if kind == "regression":
         raise ValueError(f"Task {task!r} predicts a number, so there are no classes to weigh, got {weights!r}.")
-    if isinstance(weights, Mapping):
-        unknown = sorted(set(weights) ^ set(names))
-        weights = [weights[name] for name in names] if not unknown else unknown
     numbers = [w for w in weights if _is_positive(w)] if isinstance(weights, (list, tuple)) else []
     if len(numbers) != len(names) or len(cast(Sequence, weights)) != len(names):
         raise ValueError(

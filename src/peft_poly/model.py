@@ -14,6 +14,7 @@ from torch import nn
 
 from .adapter.adaptation import is_router_only
 from .adapter.classifiers import (
+    check_has_head,
     describe_labels,
     give_back_layers,
     heads_of,
@@ -22,6 +23,7 @@ from .adapter.classifiers import (
     reserve_layers,
     train_shared_layers,
 )
+from .adapter.heads import TaskHeads
 from .adapter.labelled_calls import LabelledCalls
 from .adapter.sharing import router_group, shared_router_keys
 from .adapter.targets import check_architecture, check_target
@@ -105,9 +107,10 @@ class PolyModel(TaskVerbs, BaseTuner):
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
-            reserve_layers(model, self.peft_config[adapter_name])
+            config = cast(PolyConfig, self.peft_config[adapter_name])
+            reserve_layers(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            install_heads(model, self.peft_config[adapter_name], adapter_name)
+            install_heads(model, config, adapter_name)
         except Exception:
             self._take_back(adapter_name)
             for parameter, flag in trainable.items():
@@ -208,8 +211,11 @@ class PolyModel(TaskVerbs, BaseTuner):
             config = cast(PolyConfig, self.peft_config[name])
             if not merge and name not in self.task_context.merged:
                 give_back_layers(self.model, config)
-            elif config.task_names and heads_of(self.model, name):
-                return config.task_names[self.task_context.merged.get(name, self.task_context.one_task(name))]
+            elif config.task_names:
+                merged = self.task_context.merged.get(name)
+                task = config.task_names[self.task_context.one_task(name) if merged is None else merged]
+                if check_has_head(self.model, name, task):
+                    return task
         return None
 
     # -------------------------------------------------------------------------------------------------- checkpoints
@@ -300,7 +306,8 @@ class PolyModel(TaskVerbs, BaseTuner):
             raise ValueError("`adapter_names` is for LoRA; the rows of a task-routed adapter take `task_ids`.")
         active = [name for name in self.active_adapters if name in self.peft_config]
         if not active or not self._enabled:
-            yield
+            with self._base_tasks(task_ids, active):
+                yield
             return
         n_rows, repeats = rows_of_call(args, kwargs)
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
@@ -312,6 +319,16 @@ class PolyModel(TaskVerbs, BaseTuner):
             else CallWeights(cast(list[Linear], self._layers()))
         )
         with self.task_context.use(batch, weights):
+            yield
+
+    @contextmanager
+    def _base_tasks(self, task_ids: Optional[TaskIds], active: list[str]) -> Iterator[None]:
+        """Without the adapter, a base model that has `TaskHeads` of its own still wants to know the tasks."""
+        own = (module for module in self.model.modules() if isinstance(module, TaskHeads) and not module.adapter_name)
+        if task_ids is None or not active or next(own, None) is None:
+            yield
+            return
+        with self.task_context.use(self.task_context.resolve(task_ids, active)):
             yield
 
     def _layers(self) -> list[PolyLayer]:

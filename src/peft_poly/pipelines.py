@@ -123,7 +123,7 @@ def _computing(method: Callable) -> Callable:
 def _naming(method: Callable) -> Callable:
     @functools.wraps(method)
     def wrapper(self: Any, model_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        parts = model_outputs if isinstance(model_outputs, list) else [model_outputs]  # of a long text: several
+        parts: list[Any] = model_outputs if isinstance(model_outputs, list) else [model_outputs]  # of a long text: several
         if not parts or IDS not in parts[0]:
             return method(self, model_outputs, *args, **kwargs)
         tuner = tuner_of(self.model)

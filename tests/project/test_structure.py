@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(peft_poly.__file__).parent
 # From the ground up: what stands in a row imports from the rows before it, and from its own wing.
 FLOORS = [
+    {"labels"},
     {"config", "compat"},
     {"router"},
     {"tasks"},
@@ -33,7 +34,7 @@ FLOORS = [
     {"checkpoints"},
     {"verbs"},
     {"model"},
-    {"training", "insight"},
+    {"pipelines", "training", "insight"},
     {"registration"},
     {"__init__"},
     {"cli"},

@@ -25,6 +25,7 @@ from .heads import TaskHeads
 
 __all__ = [
     "active_heads",
+    "check_has_head",
     "describe_labels",
     "give_back_layers",
     "heads_of",
@@ -111,6 +112,19 @@ def heads_of(model: nn.Module, adapter_name: str) -> list[TaskHeads]:
     return [heads for _, heads in named_heads(model, adapter_name)]
 
 
+def check_has_head(model: nn.Module, adapter_name: str, task: str) -> bool:
+    """Whether an adapter has heads at all.
+
+    Raises:
+        ValueError: a module of one's own has none for this task.
+    """
+    found = list(named_heads(model, adapter_name))
+    for name, heads in found:
+        if task not in heads.labels:
+            raise ValueError(f"{name} has no head for the task {task!r}. It has: {', '.join(heads.labels)}.")
+    return bool(found)
+
+
 def train_shared_layers(model: nn.Module, config: PolyConfig, adapter_name: str, train: bool) -> None:
     """Thaw or freeze what comes before the heads of an adapter: the layers that its tasks share."""
     for name in () if config.labels is None else _place(model).layers:
@@ -127,13 +141,15 @@ def give_back_layers(model: nn.Module, config: PolyConfig) -> None:
 
 
 def replace_heads(model: nn.Module, task: str) -> Optional[TaskLabels]:
-    """After a merge: in place of heads, the layer of one task. Returns what its labels are; None without heads."""
-    labels = None
+    """After a merge: in place of heads, the layer of one task.
+
+    Returns:
+        What the labels of the model are now, where the heads were those of a config.
+    """
+    labels: Optional[TaskLabels] = None
     for name, module in list(model.named_modules()):
         if _is_heads(module):
-            if task not in module.labels:
-                raise ValueError(f"{name} has no head for the task {task!r}. It has: {', '.join(module.labels)}.")
-            labels = module.labels[task]
+            labels = module.labels[task] if module.adapter_name else labels
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.linear(list(module.labels).index(task)))
     return labels
@@ -143,7 +159,7 @@ def describe_labels(model: nn.Module, labels: TaskLabels) -> None:
     """Have a model and its config say which labels its logits are of."""
     labelled(model.config, labels)
     if hasattr(model, "num_labels"):
-        model.num_labels = len(labels)
+        model.num_labels = len(labels)  # type: ignore[assignment]
 
 
 def labelled(config: Any, labels: TaskLabels) -> Any:

@@ -1,6 +1,6 @@
 """`TaskHeads`: a linear head for each task, of as many labels as the task has.
 
-    x (b, ..., d) ─▶ head of the row's task ─▶ logits (b, ..., k of the widest head), -inf beyond the task's own
+x (b, ..., d) ─▶ head of the row's task ─▶ logits (b, ..., k of the widest head), -inf beyond the task's own
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The loss over heads of different kinds: the mean of what each labelled row (or token) loses by itself.
 
-    one class      -sum_k q_k w_k log softmax(y)_k      q: the class, smoothed over the task's own labels; w: weights
-    several        mean over its labels of BCE(y, t)    true labels weighted by w
-    a number       (y - t)^2
+one class      -sum_k q_k w_k log softmax(y)_k      q: the class, smoothed over the task's own labels; w: weights
+several        mean over its labels of BCE(y, t)    true labels weighted by w
+a number       (y - t)^2
 """
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import torch
 from torch.nn import functional

@@ -1,4 +1,4 @@
-"""Calls of a classifier with `labels`: its own loss knows one kind and one number of labels, so ours takes its place."""
+"""Calls of a classifier with `labels`: its own loss knows one kind of them, so ours takes its place."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapter.classifiers import named_heads
+from ..adapter.classifiers import check_has_head, named_heads
 from ..adapter.heads import TaskHeads
 from ..compute.states import evaluating
 from ..config import PolyConfig
@@ -73,6 +73,8 @@ def export_lora(
     target = Path(save_directory)
     names = folder_names(source.config)
     lora_config, rank, base = _lora_config(source), source.config.r, source.base_name
+    for name in source.config.task_names or () if task is None else _names(task, source):
+        check_has_head(source.root, source.adapter, name)
     if task is not None:
         task_id = _task_id(task, source)
         with staged(target, overwrite) as folder:
@@ -165,6 +167,11 @@ def _task_id(task: Any, source: _Source) -> int:
     if not isinstance(task, (int, str)) or isinstance(task, bool):
         raise ValueError(f"`task` must be one id, one name, or None for all tasks, got {task!r}.")
     return resolve_task(task, source.config, source.adapter)
+
+
+def _names(task: Any, source: _Source) -> list[str]:
+    names = source.config.task_names
+    return [] if names is None else [names[_task_id(task, source)]]
 
 
 # --------------------------------------------------------------------------------------------------------- the folder

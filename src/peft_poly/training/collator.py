@@ -30,8 +30,8 @@ class DataCollatorWithTaskIds:
     multiple choice. The stock `Trainer` keeps both columns for this collator. Its other attributes, such as the
     `tokenizer` that a `Trainer` saves, are those of the wrapped collator.
 
-    Where tasks have heads of their own (`PolyConfig.task_labels`) it builds `labels` itself, from classes, lists of them
-    and numbers in one batch, and checks them. A `Trainer` tells it the labels of its model.
+    Where tasks have heads of their own (`PolyConfig.task_labels`) it builds `labels` itself, from classes, lists of
+    them and numbers in one batch, and checks them. A `Trainer` tells it the labels of its model.
 
     Args:
         collator: makes a batch, a mapping, of a list of rows. None: `transformers.default_data_collator`.

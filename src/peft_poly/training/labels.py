@@ -1,4 +1,4 @@
-"""The `labels` of a batch whose rows are of tasks of different kinds, from the classes, lists, numbers and names of rows.
+"""The `labels` of a batch of tasks of different kinds, from the classes, lists, numbers and names that rows have.
 
 One tensor: floating where a number is in it; with a column per label where tasks have several at once.
 """
@@ -76,16 +76,14 @@ def plain_label_tensor(values: Sequence[Any]) -> Optional[torch.Tensor]:
     return tensor if any(isinstance(value, list) for value in values) else tensor.squeeze(-1)
 
 
-def _token_cells(
-    values: Any, task: TaskLabels, width: int, where: str, length: int, left: bool
-) -> list[list[float]]:
+def _token_cells(values: Any, task: TaskLabels, width: int, where: str, length: int, left: bool) -> list[list[float]]:
     if not isinstance(values, list) or len(values) > length:
         raise ValueError(
             f"{where} must have a list with a label for each of its tokens, {length} at most, got "
             f"{len(values) if isinstance(values, list) else values!r}."
         )
     cells = [_cells(value, task, width, where) for value in values]
-    empty = [[UNLABELLED] * width] * (length - len(cells))
+    empty: list[list[float]] = [[UNLABELLED] * width] * (length - len(cells))
     return empty + cells if left else cells + empty
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
+from ..adapter.heads import TaskHeads
 from ..layer import PolyLayer
 
 __all__ = ["create_poly_optimizer", "poly_parameter_groups"]
@@ -106,4 +108,20 @@ def create_poly_optimizer(
     if not callable(optimizer_cls):
         raise TypeError(f"optimizer_cls must be a class, such as torch.optim.AdamW, got {optimizer_cls!r}.")
     groups = poly_parameter_groups(model, lr=lr, router_lr=router_lr, weight_decay=weight_decay)
-    return optimizer_cls(groups, lr=lr, **kwargs)
+    optimizer = optimizer_cls(groups, lr=lr, **kwargs)
+    heads = [module for module in model.modules() if isinstance(module, TaskHeads)]
+    if heads and hasattr(optimizer, "register_step_pre_hook"):
+        optimizer.register_step_pre_hook(functools.partial(_leave_unasked, heads))
+    return optimizer
+
+
+def _leave_unasked(heads: list[TaskHeads], *step: Any) -> None:
+    """Before a step: a head that no row asked for, on any process, has no gradient, and so neither decays nor drifts.
+
+    Where the host does not know the rows' tasks, or processes share gradients, all heads take part, by zeros.
+    """
+    given = [p for module in heads for p in module.parameters() if p.grad is not None]
+    largest = torch.stack([p.grad.abs().max().float() for p in given]).tolist() if given else []  # type: ignore[union-attr]
+    for parameter, size in zip(given, largest, strict=True):
+        if size == 0:
+            parameter.grad = None
