@@ -86,7 +86,7 @@ def _preprocessing(method: Callable) -> Callable:
         task = kwargs.pop(IDS, None)
         if isinstance(inputs, _WithTask):
             inputs, task = inputs.inputs, inputs.task
-        found = method(self, inputs, *args, **kwargs)
+        found: Any = method(self, inputs, *args, **kwargs)
         if task is None:
             return found
         tuner = tuner_of(self.model)
@@ -123,7 +123,9 @@ def _computing(method: Callable) -> Callable:
 def _naming(method: Callable) -> Callable:
     @functools.wraps(method)
     def wrapper(self: Any, model_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        parts: list[Any] = model_outputs if isinstance(model_outputs, list) else [model_outputs]  # of a long text: several
+        parts: list[Any] = (
+            model_outputs if isinstance(model_outputs, list) else [model_outputs]
+        )  # of a long text: several
         if not parts or IDS not in parts[0]:
             return method(self, model_outputs, *args, **kwargs)
         tuner = tuner_of(self.model)

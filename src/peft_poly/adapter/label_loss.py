@@ -48,7 +48,7 @@ def label_loss(
     table, tasks = _table(heads, logits.device), tasks.to(logits.device)
     cells = cells.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
     losses, labelled = _losses(logits.reshape(-1, width).to(cells.dtype), cells, tasks, table, smoothing)
-    total: Any = labelled.sum() if n_items is None else torch.as_tensor(n_items, device=logits.device)
+    total: Any = labelled.sum() if n_items is None else torch.as_tensor(n_items, device=logits.device).reshape(-1)[0]
     return torch.where(labelled, losses, 0.0).sum() / total.clamp(min=1)
 
 
