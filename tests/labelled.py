@@ -105,7 +105,7 @@ MODELS = {
         text,
         ATTENTION,
         ("classifier.dense",),
-    ),  # fmt: skip
+    ),
     "deberta": Classifier(deberta, text, ["query_proj", "value_proj"], ("pooler.dense",)),
     "modernbert": Classifier(modernbert, text, "all-linear", ("head.dense", "head.norm")),
     "t5": Classifier(t5, text, "all-linear", ("classification_head.dense",)),
@@ -118,7 +118,7 @@ MODELS = {
         noise("input_values", 100),
         ["q_proj", "v_proj"],
         ("projector",),
-    ),  # fmt: skip
+    ),
 }
 
 

@@ -71,13 +71,13 @@ class TestErrors:
 
     @pytest.mark.parametrize("given", [{}, [2, 3], 4, "sentiment"])
     def test_labels_of_tasks_are_a_dict(self, given):
-        with pytest.raises(ValueError, match="`task_labels` must be a dict"):
+        with pytest.raises(ValueError, match=r"`task_labels` must be a dict"):
             read_task_labels(given, ["tone"])
 
     def test_a_task_without_labels_is_named(self):
-        with pytest.raises(ValueError, match="The task 'topic' has no labels.*There are labels for: tone"):
+        with pytest.raises(ValueError, match=r"The task 'topic' has no labels.*There are labels for: tone"):
             read_task_labels({"tone": 2}, ["tone", "topic"])
 
     def test_labels_of_no_task_are_named(self):
-        with pytest.raises(ValueError, match="'tine', which is no task. Known are: tone"):
+        with pytest.raises(ValueError, match=r"'tine', which is no task. Known are: tone"):
             read_task_labels({"tone": 2, "tine": 2}, ["tone"])

@@ -85,8 +85,6 @@ class PolyModel(TaskVerbs, BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not any(_notes_tasks(hook) for hook in model._forward_hooks.values()):
             model.register_forward_hook(self.task_context.note_outputs)
-        if cast(PolyConfig, config).labels is not None:
-            LabelledCalls().hook(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection of an adapter's layers; one that fails leaves the model as it was.
@@ -110,7 +108,8 @@ class PolyModel(TaskVerbs, BaseTuner):
             config = cast(PolyConfig, self.peft_config[adapter_name])
             reserve_layers(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            install_heads(model, config, adapter_name)
+            if install_heads(model, config, adapter_name):
+                LabelledCalls().hook(model)
         except Exception:
             self._take_back(adapter_name)
             for parameter, flag in trainable.items():

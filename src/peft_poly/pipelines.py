@@ -95,7 +95,8 @@ def _preprocessing(method: Callable) -> Callable:
         name = tuner.active_adapters[0]
         ids = torch.tensor([resolve_task(task, cast(PolyConfig, tuner.peft_config[name]), name)])
         if inspect.isgenerator(found):
-            return ({**part, IDS: ids} for part in found)
+            parts: Any = found
+            return ({**part, IDS: ids} for part in parts)
         found[IDS] = ids
         return found
 

@@ -156,16 +156,16 @@ class TestInAModuleOfOnesOwn:
 
     def test_a_task_without_a_head_is_refused(self):
         model = adapted(task_names=[*NAMES, "length"])
-        with pytest.raises(ValueError, match="Task 'length' of adapter 'default' has none"):
+        with pytest.raises(ValueError, match=r"Task 'length' of adapter 'default' has none"):
             model(X, task_ids="length")
-        with pytest.raises(ValueError, match="heads has no head for the task 'length'"):
+        with pytest.raises(ValueError, match=r"heads has no head for the task 'length'"):
             model.merge_and_unload(task="length")
         assert model(X, task_ids="topic").shape == (4, 4)  # nothing has changed
 
     def test_a_call_with_no_task_is_refused(self):
-        with pytest.raises(ValueError, match="No task is known.*heads for genres, stars, topic, sentiment"):
+        with pytest.raises(ValueError, match=r"No task is known.*heads for genres, stars, topic, sentiment"):
             Own()(X)
-        with pytest.raises(ValueError, match="No task is known"):
+        with pytest.raises(ValueError, match=r"No task is known"):
             adapted()(X)
 
 

@@ -25,7 +25,7 @@ def case(labels=LABELS):
 
 @pytest.mark.parametrize("labels", [LABELS, WEIGHTED], ids=["plain", "weighted"])
 def test_it_is_the_mean_of_what_each_row_loses_alone(labels):
-    heads, x, logits = case(labels)
+    heads, _, logits = case(labels)
     loss = label_loss(logits, targets(), torch.arange(4), heads)
     want = torch.stack(naive_losses(logits, TARGETS, NAMES, labels)).mean()
     torch.testing.assert_close(loss, want)
@@ -36,8 +36,8 @@ def test_it_is_the_mean_of_what_each_row_loses_alone(labels):
 
 def test_whole_numbers_do_as_well_as_floats():
     heads, _, logits = case()
-    whole = targets().long()
-    assert torch.equal(label_loss(logits, whole, torch.arange(4), heads), label_loss(logits, whole.float(), torch.arange(4), heads))  # fmt: skip
+    whole, tasks = targets().long(), torch.arange(4)
+    assert torch.equal(label_loss(logits, whole, tasks, heads), label_loss(logits, whole.float(), tasks, heads))
 
 
 @pytest.mark.parametrize("row", range(4))

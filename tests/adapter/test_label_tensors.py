@@ -72,5 +72,5 @@ class TestChecks:
 
     def test_a_token_is_named_with_its_row(self):
         cells = label_cells(torch.tensor([[0, 1, 1], [0, 7, 1]]), torch.Size([2, 3]), 4)
-        with pytest.raises(ValueError, match="Row 1, token 1, of the batch.* has the label 7"):
+        with pytest.raises(ValueError, match=r"Row 1, token 1, of the batch.* has the label 7"):
             check_labels(cells, torch.tensor([0, 0, 0, 1, 1, 1]), TABLE, per_row=3)

@@ -63,25 +63,25 @@ def reserve_layers(model: nn.Module, config: PolyConfig) -> None:
     config.modules_to_save = [*named, *(name for name in place.layers if name not in named)]
 
 
-def install_heads(model: nn.Module, config: PolyConfig, adapter_name: str) -> None:
-    """After an adapter was injected: in its copy of the last layers, the last one becomes the heads."""
+def install_heads(model: nn.Module, config: PolyConfig, adapter_name: str) -> bool:
+    """After an adapter was injected: in its copy of the last layers, the last one becomes the heads; if it has any."""
     if config.labels is None:
-        return
+        return False
     place = _place(model)
     copies = _wrapper(model, place).modules_to_save
     last = _within(copies[adapter_name], place.path)
-    if isinstance(last, TaskHeads):
-        return
     hook, dtype = getattr(last, "_hf_hook", None), last.weight.dtype
     device = last.weight.device if hook is None else torch.device(hook.execution_device)
     heads = TaskHeads(last.in_features, config.labels, last.bias is not None, adapter_name)
-    heads.to(device, dtype if dtype.is_floating_point else torch.float32)
+    heads = heads.to_empty(device=device) if next(heads.parameters()).is_meta else heads.to(device)
+    heads.to(dtype if dtype.is_floating_point else torch.float32)
     heads.train(last.training).requires_grad_(last.weight.requires_grad)
     if place.path:
         parent, _, name = place.path.rpartition(".")
         setattr(_within(copies[adapter_name], parent), name, heads)
     else:
         copies[adapter_name] = heads
+    return True
 
 
 def active_heads(model: nn.Module) -> Optional[TaskHeads]:
@@ -151,7 +151,8 @@ def replace_heads(model: nn.Module, task: str) -> Optional[TaskLabels]:
         if _is_heads(module):
             labels = module.labels[task] if module.adapter_name else labels
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.linear(list(module.labels).index(task)))
+            layer = module.linear(list(module.labels).index(task))
+            setattr(model.get_submodule(parent), child, layer.to(getattr(model, "dtype", layer.weight.dtype)))
     return labels
 
 
