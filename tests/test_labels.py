@@ -58,7 +58,7 @@ class TestErrors:
             ({"labels": 2, "kind": "multi"}, "kind 'multi'. It must be one of single_label, multi_label, regression"),
             ({"labels": ["one"], "kind": "regression"}, "predicts a number, so its labels have no names"),
             ({"labels": 3, "kind": "regression"}, "predicts a number"),
-            ({"labels": 1, "weights": [1]}, "no classes to weigh"),
+            ({"labels": 1, "weights": 0.1}, "must be 1 positive numbers"),
             ({"labels": 2, "weights": [1]}, "must be 2 positive numbers"),
             ({"labels": 2, "weights": [1, 0]}, "must be 2 positive numbers"),
             ({"labels": 2, "weights": "ab"}, "must be 2 positive numbers"),

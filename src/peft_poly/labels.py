@@ -33,7 +33,7 @@ class TaskLabels:
     Attributes:
         kind: `"single_label"` (one class of several), `"multi_label"` (several at once) or `"regression"` (a number).
         names: a name for each label; of a number, one that stands for it.
-        weights: what the loss of a row with the label is multiplied by, for each; None: by 1.
+        weights: what the loss of a row with the label is multiplied by, for each; None: by 1. A number has one.
     """
 
     kind: str
@@ -124,7 +124,7 @@ def read_labels(task: str, given: Any) -> TaskLabels:
             f"Task {task!r} has the one label {names[0]!r}, of which there is nothing to choose. Give it two or more, "
             "or make it a number to predict, 1, or 'kind': 'multi_label' (the label holds or does not)."
         )
-    return TaskLabels(kind, names, _weights(task, described.get("weights"), names, kind))
+    return TaskLabels(kind, names, _weights(task, described.get("weights"), names))
 
 
 def _names(task: str, labels: Any) -> tuple[str, ...]:
@@ -141,11 +141,9 @@ def _names(task: str, labels: Any) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _weights(task: str, weights: Any, names: tuple[str, ...], kind: str) -> Optional[tuple[float, ...]]:
+def _weights(task: str, weights: Any, names: tuple[str, ...]) -> Optional[tuple[float, ...]]:
     if weights is None:
         return None
-    if kind == "regression":
-        raise ValueError(f"Task {task!r} predicts a number, so there are no classes to weigh, got {weights!r}.")
     numbers = [w for w in weights if _is_positive(w)] if isinstance(weights, (list, tuple)) else []
     if len(numbers) != len(names) or len(cast(Sequence, weights)) != len(names):
         raise ValueError(

@@ -11,6 +11,7 @@ from peft_poly.adapter.label_loss import label_loss
 
 WEIGHTED = {
     **LABELS,
+    "stars": {"labels": 1, "weights": [0.1]},
     "sentiment": {"labels": ["bad", "good"], "weights": [0.5, 3.0]},
     "genres": {"labels": ["drama", "war", "love"], "kind": "multi_label", "weights": [2.0, 1.0, 0.25]},
 }

@@ -2,7 +2,7 @@
 
 one class      -sum_k q_k w_k log softmax(y)_k      q: the class, smoothed over the task's own labels; w: weights
 several        mean over its labels of BCE(y, t)    true labels weighted by w
-a number       (y - t)^2
+a number       w (y - t)^2
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _losses(
     several = functional.binary_cross_entropy_with_logits(finite, truth, reduction="none", pos_weight=weights)
     several = torch.where(used, several, 0).sum(-1) / used.sum(-1).clamp(min=1)
 
-    distance = (finite[:, 0] - torch.where(used, cells, 0)[:, 0]) ** 2
+    distance = weights[:, 0] * (finite[:, 0] - torch.where(used, cells, 0)[:, 0]) ** 2
     losses = torch.where(multi, several, torch.where(number, distance, one))
     return losses, torch.where(multi, used.any(-1), used[:, 0])
 

@@ -4,13 +4,14 @@ May be imported by the registration and the command line.
 """
 
 from .collator import DataCollatorWithTaskIds
-from .metrics import PerTaskMetrics
+from .metrics import PerTaskMetrics, TaskPrediction
 from .optimizer import create_poly_optimizer, poly_parameter_groups
 from .sampling import TaskSampler, TaskSamplingMixin, task_probabilities
 
 __all__ = [
     "DataCollatorWithTaskIds",
     "PerTaskMetrics",
+    "TaskPrediction",
     "TaskSampler",
     "TaskSamplingMixin",
     "create_poly_optimizer",
