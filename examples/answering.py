@@ -1,4 +1,4 @@
-"""What `serve.py` answers, and how one batch of requests becomes one forward: ranking, and generation.
+"""What `serve.py` answers, and how one batch of requests becomes one forward: labels, ranking, and generation.
 
 A service checks a request when it comes, so that nothing wrong gets into a batch, and turns it into token ids. Later
 its `run` answers many of them at once, each row with the task of its own. `check` runs in the thread of the server and
@@ -42,6 +42,19 @@ class RankRequest(Request):
 class RankAnswer(BaseModel):
     answer: str
     probabilities: dict[str, float] = Field(description="Of the options; their sum is 1.")
+
+
+class ClassifyRequest(Request):
+    """A text to classify."""
+
+
+class ClassifyAnswer(BaseModel):
+    """What the head of the task says; of a number its `value`, else `labels`, which are several in some tasks."""
+
+    task: str | int
+    labels: list[str] | None = Field(None, description="The likeliest, or, where several may hold, all likely ones.")
+    probabilities: dict[str, float] | None = Field(None, description="Of the labels, by name.")
+    value: float | None = Field(None, description="The number.")
 
 
 class GenerateRequest(Request):
@@ -177,6 +190,49 @@ class RankService(Service):
         chances = torch.softmax(options @ text / self.ranker.temperature, dim=0).tolist()
         probabilities = dict(zip(item.options, chances, strict=True))
         return RankAnswer(answer=max(probabilities, key=probabilities.__getitem__), probabilities=probabilities)
+
+
+class ClassifyService(Service):
+    """Answers with the labels of the task's own head, from one forward for requests of all tasks."""
+
+    path, request, answer = "/classify", ClassifyRequest, ClassifyAnswer
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+        super().__init__(model, tokenizer, max_length)
+        self.labels = list(model.task_labels.values())
+
+    def describe(self, task: int | str) -> dict[str, Any]:
+        """What `/tasks` says of a task: its kind, and the names of its labels."""
+        labels = self.labels[self.task_id(task)]
+        names = None if labels.kind == "regression" else list(labels.names)
+        return {"task": task, "kind": labels.kind, "labels": names}
+
+    def check(self, request: ClassifyRequest) -> Item:
+        """The request's tokens.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            ValueError: the text is too long.
+        """
+        return Item(self.task_id(request.task), self.tokens("text", request.input))
+
+    @torch.inference_mode()
+    def run(self, items: list[Item]) -> list[ClassifyAnswer]:
+        """One forward, each row with its task."""
+        batch = self.padded(item.tokens for item in items)
+        logits = self.model(**batch, task_ids=[item.task for item in items]).logits.float().cpu()
+        return [self._answer(item.task, row) for item, row in zip(items, logits, strict=True)]
+
+    def _answer(self, task: int, logits: torch.Tensor) -> ClassifyAnswer:
+        labels, name = self.labels[task], self.tasks[task]
+        own = logits[: len(labels)]
+        if labels.kind == "regression":
+            return ClassifyAnswer(task=name, value=own.item())
+        several = labels.kind == "multi_label"
+        chances = dict(zip(labels.names, (own.sigmoid() if several else own.softmax(0)).tolist(), strict=True))
+        likely = [label for label, chance in chances.items() if chance > 0.5]
+        chosen = likely if several else [max(chances, key=chances.__getitem__)]
+        return ClassifyAnswer(task=name, labels=chosen, probabilities=chances)
 
 
 class GenerateService(Service):

@@ -3,7 +3,8 @@
     python examples/serve.py outputs/multitask              # what `make demo` wrote
     python examples/serve.py my-adapter --max_batch 16      # any saved adapter: a folder or a Hub id
 
-An adapter of an encoder ranks options (`/rank`), one of a language model generates (`/generate`). `/tasks` lists what
+An adapter with a head per task answers with labels (`/classify`), one of an encoder without ranks options (`/rank`),
+one of a language model generates (`/generate`). `/tasks` lists what
 a request may name, `/docs` is the page that tries it out, `/healthz` and `/stats` are for those who keep it running.
 A wrong request is refused before it gets into a batch, and when too many wait, the next one is refused at once (503).
 """
@@ -20,18 +21,23 @@ from typing import Any
 
 import torch
 import uvicorn
-from answering import GenerateService, RankService, Service, UnknownTaskError, tasks_of_data
+from answering import ClassifyService, GenerateService, RankService, Service, UnknownTaskError, tasks_of_data
 from batching import Batcher, RefusedError
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from peft import PeftConfig, PeftModel
 from train_multitask import MINILM, Arguments, load_encoder
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from peft_poly import PolyConfig
 
 GENERATORS = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
-SERVED = ("FEATURE_EXTRACTION", *GENERATORS)
+SERVED = ("FEATURE_EXTRACTION", "SEQ_CLS", *GENERATORS)
 REFUSALS = {
     404: {"description": "There is no such task; the message has the closest match."},
     503: {"description": "Too many requests wait, or the server is stopping. Try again."},
@@ -110,6 +116,12 @@ def load_service(args: argparse.Namespace) -> Service:
         model = PeftModel.from_pretrained(base, adapter).to(device)
         known = tasks_of_data(args.data or settings.data)
         return RankService(model, tokenizer, args.max_length or settings.max_length, settings.temperature, known)
+    if config.task_type == "SEQ_CLS":
+        if config.task_labels is None:
+            raise ValueError(f"{adapter} has no `task_labels`, so its tasks have no labels to answer with.")
+        base = AutoModelForSequenceClassification.from_pretrained(name)
+        model = PeftModel.from_pretrained(base, adapter).to(device)
+        return ClassifyService(model, AutoTokenizer.from_pretrained(name), args.max_length or 512)
     base = GENERATORS[config.task_type].from_pretrained(name, dtype="auto")
     model = PeftModel.from_pretrained(base, adapter).to(device)
     return GenerateService(model, AutoTokenizer.from_pretrained(name), args.max_length or 512, args.max_new_tokens)

@@ -69,8 +69,8 @@ class PolyConfig(PeftConfig):
         task_labels (`dict`, *optional*): The labels of each task, for a head per task in place of the base model's last
             layer (`task_type` `"SEQ_CLS"` or `"TOKEN_CLS"`): by the task's name a list of names, a number of labels, 1
             for a number to predict, or `{"labels": ..., "kind": "single_label" | "multi_label" | "regression",
-            "weights": [...]}`, where weights, one for each label, multiply the loss of the rows that have it. Sets `task_names` if
-            those are not given.
+            "weights": [...]}`, where weights, one for each label, multiply the loss of the rows that have it. Sets
+            `task_names` if those are not given.
         lora_alpha (`float`): The update is scaled by `lora_alpha / r`. The default is that of PEFT's own Poly, and at
             the learning rate of a LoRA it hardly moves. `r * n_skills` did best on real tasks (the page on
             quality of the documentation).

@@ -66,8 +66,17 @@ def plain_label_tensor(values: Sequence[Any]) -> Optional[torch.Tensor]:
 
     Returns:
         `(b,)` or `(b, longest)`; None if they are neither.
+
+    Raises:
+        ValueError: they are names.
     """
     rows = [value if isinstance(value, list) else [value] for value in values]
+    for index, row in enumerate(rows):
+        if row and isinstance(row[0], str):
+            raise ValueError(
+                f"Row {index} of the batch has the label {values[index]!r} by name, but this collator knows no labels. "
+                "Make it with `DataCollatorWithTaskIds(..., task_labels=model.task_labels)`."
+            )
     if not all(isinstance(cell, (bool, int, float)) for row in rows for cell in row):
         return None
     longest = max(map(len, rows))
