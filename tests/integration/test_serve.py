@@ -17,7 +17,8 @@ import peft
 import pytest
 import torch
 import uvicorn
-from tiny import TASKS, VOCAB, bert_config, llama, t5
+from labelled import LABELS, N_LABELS, NAMES, adapted
+from tiny import TASKS, VOCAB, bert, bert_config, llama, t5
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertModel, PreTrainedTokenizerFast
 
@@ -338,6 +339,44 @@ class TestRefusals:
         assert statuses == [200, 200]
 
 
+class TestClassifying:
+    def test_a_mixed_batch_answers_with_the_labels_of_each_task(self, serve, tmp_path):
+        adapted().save_pretrained(tmp_path / "adapter")
+        model = adapted().merge_and_unload(task="topic")
+        model.save_pretrained(tmp_path / "base")  # merged, for a base that differs
+        word_tokenizer().save_pretrained(tmp_path / "base")
+        options = [
+            str(tmp_path / "adapter"),
+            "--model",
+            str(tmp_path / "base"),
+            "--device",
+            "cpu",
+            "--max_length",
+            "12",
+        ]
+        service = serve.load_service(serve.parse(options))
+        bodies = [{"task": task, "input": text} for task, text in zip(NAMES * 2, TEXTS[:4] + TEXTS[2:], strict=True)]
+        found, stats = post_all(serve.create_app(service, max_batch=8, max_wait=LONG), "/classify", bodies)
+        assert stats["batches"] == 1
+        for body, answer in zip(bodies, (one.json() for one in found), strict=True):
+            size = N_LABELS[NAMES.index(body["task"])]
+            tokens = word_tokenizer()(body["input"], return_tensors="pt")["input_ids"]
+            logits = service.model(tokens, task_ids=body["task"]).logits[0, :size]
+            if body["task"] == "stars":
+                assert answer["value"] == pytest.approx(logits.item(), rel=1e-3)
+                assert answer["labels"] is answer["probabilities"] is None
+                continue
+            several = body["task"] == "genres"
+            chances = logits.sigmoid() if several else logits.softmax(0)
+            assert list(answer["probabilities"].values()) == pytest.approx(chances.tolist(), rel=1e-3)
+            names = list(answer["probabilities"])
+            likely = [name for name, chance in zip(names, chances, strict=True) if chance > 0.5]
+            assert answer["labels"] == (likely if several else [names[int(chances.argmax())]])
+        tasks = talk(serve.create_app(service), lambda http: http.get("/tasks")).json()["tasks"]
+        assert tasks[0] == {"task": "sentiment", "kind": "single_label", "labels": LABELS["sentiment"]}
+        assert tasks[2] == {"task": "stars", "kind": "regression", "labels": None}
+
+
 class TestLoading:
     def test_an_adapter_of_another_method_is_refused(self, serve, tmp_path):
         peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
@@ -346,8 +385,14 @@ class TestLoading:
 
     def test_an_adapter_that_this_cannot_serve_is_refused(self, serve, tmp_path):
         peft.get_peft_model(llama(), PolyConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-        with pytest.raises(SystemExit, match="task type None; this script serves FEATURE_EXTRACTION, CAUSAL_LM"):
+        with pytest.raises(SystemExit, match="type None; this script serves FEATURE_EXTRACTION, SEQ_CLS, CAUSAL_LM"):
             serve.main([str(tmp_path)])
+
+    def test_an_adapter_of_a_classifier_without_heads_per_task_is_refused(self, serve, tmp_path):
+        model = peft.get_peft_model(bert(), PolyConfig(task_type="SEQ_CLS", target_modules=["query"], n_tasks=2))
+        model.save_pretrained(tmp_path)
+        with pytest.raises(SystemExit, match="has no `task_labels`"):
+            serve.main([str(tmp_path), "--model", "base"])
 
     @pytest.mark.parametrize("task_type", ["FEATURE_EXTRACTION", "CAUSAL_LM"])
     def test_an_adapter_that_names_no_base_model_asks_for_one(self, serve, tmp_path, task_type):
