@@ -40,8 +40,7 @@ from transformers import (
 from peft_poly import DataCollatorWithTaskIds, PerTaskMetrics, PolyConfig, create_poly_optimizer
 from peft_poly.training import TaskPrediction
 
-DATA = Path(__file__).parent / "data"
-FILES = {"sentiment": "review_sentiment.jsonl"}  # of train_multitask.py; the others lie in data/labels
+DATA = Path(__file__).parent / "data" / "labels"
 TEXTS = {
     "sentiment": ["negative", "positive"],
     "topic": ["sport", "economy", "science", "politics"],
@@ -53,14 +52,14 @@ MODES = {
     "texts": ("SEQ_CLS", AutoModelForSequenceClassification, TEXTS),
     "tags": ("TOKEN_CLS", AutoModelForTokenClassification, TAGS),
 }
-console = Console(width=100, highlight=False)
+console = Console(width=110, highlight=False)
 
 
 def load_rows(tasks: list[str], split: str, tokenizer: Any) -> list[dict[str, Any]]:
     """The rows of the tasks, as tokens; a label for each word stands on the word's first token."""
     rows = []
     for task in tasks:
-        lines = (DATA / FILES.get(task, f"labels/{task}.jsonl")).read_text(encoding="utf-8").splitlines()
+        lines = (DATA / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
         for row in filter(lambda row: row["split"] == split, map(json.loads, lines)):
             if "tags" in row:
                 encoded = tokenizer(row["tokens"], is_split_into_words=True)
@@ -70,7 +69,7 @@ def load_rows(tasks: list[str], split: str, tokenizer: Any) -> list[dict[str, An
                 ]
                 labels = [row["tags"][word] if is_first else -100 for word, is_first in zip(words, first, strict=True)]
             else:
-                encoded, labels = tokenizer(row.get("text", row.get("input"))), row.get("label", row.get("output"))
+                encoded, labels = tokenizer(row["text"]), row["label"]
             rows.append({**encoded, "labels": labels, "task": task})
     return rows
 
@@ -152,7 +151,7 @@ def run(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     set_seed(args.seed)
     config = PolyConfig(
         task_type=task_type, r=args.r, n_skills=4, lora_alpha=args.alpha, target_modules="all-linear",
-        task_labels=labels,
+        router_noise=False, task_labels=labels,
     )  # fmt: skip
     model = get_peft_model(auto.from_pretrained(args.model), config)
     together, size = train(model, rows, test, steps, args, labels), n_trainable(model)
@@ -216,7 +215,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--mode", choices=["both", *MODES], default="both", help="what to train (default: both)")
     add("--model", help="folder or Hub id of an encoder (default: MiniLM, from a package)")
-    add("--epochs", type=float, default=8, help="passes over the rows (default: 8)")
+    add("--epochs", type=float, default=6, help="passes over the rows (default: 6)")
     add("--batch_size", type=int, default=16, help="rows of a step (default: 16)")
     add("--lr", type=float, default=1e-3, help="learning rate of skills and heads (default: 1e-3)")
     add("--r", type=int, default=4, help="rank of a skill (default: 4)")
