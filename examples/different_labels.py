@@ -217,7 +217,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", help="folder or Hub id of an encoder (default: MiniLM, from a package)")
     add("--epochs", type=float, default=6, help="passes over the rows (default: 6)")
     add("--batch_size", type=int, default=16, help="rows of a step (default: 16)")
-    add("--lr", type=float, default=1e-3, help="learning rate of skills and heads (default: 1e-3)")
+    add("--lr", type=float, default=3e-3, help="learning rate of skills and heads (default: 3e-3)")
     add("--r", type=int, default=4, help="rank of a skill (default: 4)")
     add("--alpha", type=float, default=16, help="the update is scaled by alpha / r (default: 16)")
     add("--seed", type=int, default=0, help="seed (default: 0)")

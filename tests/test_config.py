@@ -173,7 +173,7 @@ class TestTargets:
 
 
 FULL = {
-    "task_type": "SEQ_2_SEQ_LM",
+    "task_type": "SEQ_CLS",
     "r": 3,
     "target_modules": ["q", "v"],
     "exclude_modules": ["lm_head"],
@@ -184,6 +184,7 @@ FULL = {
     "n_skills": 5,
     "n_splits": 2,
     "task_names": NAMES,
+    "task_labels": dict.fromkeys(NAMES, 2),
     "lora_alpha": 2.5,
     "lora_dropout": 0.25,
     "router_temperature": 0.5,

@@ -52,7 +52,7 @@ FOOTING = {
         "onload_layer",
     ),
     "peft.tuners.lora": ("LoraLayer",),
-    "peft.utils.other": ("AuxiliaryTrainingWrapper",),
+    "peft.utils.other": ("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"),
     "peft.utils": (
         "PeftType",
         "SAFETENSORS_WEIGHTS_NAME",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, cast
 
-__all__ = ["KINDS", "UNLABELLED", "TaskLabels", "read_labels", "read_task_labels"]
+__all__ = ["TaskLabels", "read_labels", "read_task_labels"]
 
 KINDS = ("single_label", "multi_label", "regression")
 PROBLEM_TYPES = {

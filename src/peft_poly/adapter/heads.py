@@ -170,7 +170,11 @@ class TaskHeads(nn.Module):
             self.labels = {**self.labels, name: found}
 
     def keep(self, heads: list[int]) -> None:
-        """Take all heads out but these, which move up."""
+        """Take all heads out but some, which move up.
+
+        Args:
+            heads: places of those that stay, in their order.
+        """
         kept, n_heads = [self.pair(head) for head in heads], len(self.labels)
         for head in range(n_heads):
             for kind in ("weight", "bias"):
@@ -181,7 +185,12 @@ class TaskHeads(nn.Module):
         self.labels = dict(named[head] for head in heads)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a task another name; its head stays."""
+        """Give a task another name; its head stays.
+
+        Args:
+            old: its name.
+            new: the name it gets.
+        """
         self.labels = {new if name == old else name: found for name, found in self.labels.items()}
 
     @torch.no_grad()

@@ -107,13 +107,14 @@ class PerTaskMetrics:
         if len(task_ids) != n_rows:
             raise ValueError(f"There are {len(task_ids)} task ids for {n_rows} predictions; one per row is needed.")
         described = None if task_labels is None else list(task_labels.values())
+        metrics = self._measured(prediction) if described is None else {}
         self.table = {}
         for task in np.unique(task_ids).tolist():
             labels = None if described is None else described[task]
             rows = self._of_task(prediction, np.flatnonzero(task_ids == task), task, labels)
             if len(_first(rows.predictions)):
                 self.table[self._name(task)] = self._measured(rows)
-        metrics = self._measured(prediction) if described is None else self._means()
+        metrics = metrics if described is None else self._means()
         for name, row in self.table.items():
             for metric, value in row.items():
                 key = f"{name}_{metric}"
