@@ -1,6 +1,6 @@
 """Tasks with different labels on one encoder: a head for each task, beside a model for each task.
 
-    python examples/different_labels.py                     # texts, then tags: three minutes on two cores
+    python examples/different_labels.py                     # texts, then tags: some minutes on two cores
     python examples/different_labels.py --mode tags --epochs 4
 
 Texts: sentiment (two labels), topic (four), stars (a number) and genres (several at once). Tags: entities, times and
@@ -215,9 +215,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--mode", choices=["both", *MODES], default="both", help="what to train (default: both)")
     add("--model", help="folder or Hub id of an encoder (default: MiniLM, from a package)")
-    add("--epochs", type=float, default=6, help="passes over the rows (default: 6)")
+    add("--epochs", type=float, default=8, help="passes over the rows (default: 8)")
     add("--batch_size", type=int, default=16, help="rows of a step (default: 16)")
-    add("--lr", type=float, default=3e-3, help="learning rate of skills and heads (default: 3e-3)")
+    add("--lr", type=float, default=1e-3, help="learning rate of skills and heads (default: 1e-3)")
     add("--r", type=int, default=4, help="rank of a skill (default: 4)")
     add("--alpha", type=float, default=16, help="the update is scaled by alpha / r (default: 16)")
     add("--seed", type=int, default=0, help="seed (default: 0)")

@@ -52,7 +52,11 @@ def _sorting_parameters(method: Callable) -> Callable:
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         task_ids = kwargs.pop(IDS, None)
-        preprocess, forward, postprocess = method(self, *args, **kwargs)
+        tuner = tuner_of(self.model)
+        heads = None if tuner is None else active_heads(tuner.model)
+        widest = None if heads is None else max(heads.labels.values(), key=len)  # some limit `top_k` by it
+        sorting = self if widest is None else _of_task(self, widest)
+        preprocess, forward, postprocess = method(sorting, *args, **kwargs)
         return ({**preprocess, IDS: task_ids} if task_ids is not None else preprocess), forward, postprocess
 
     return wrapper
@@ -131,9 +135,9 @@ def _naming(method: Callable) -> Callable:
             return method(self, model_outputs, *args, **kwargs)
         tuner = tuner_of(self.model)
         labels = list(cast(Any, active_heads(cast(Any, tuner).model)).labels.values())[int(parts[0][IDS][0])]
-        own = [{**part, "logits": part["logits"][..., : len(labels)]} for part in parts]
-        answer = method(_of_task(self, labels), own if isinstance(model_outputs, list) else own[0], *args, **kwargs)
-        return answer
+        for part in parts:  # in its place, for some pipelines want a dict and others an output with attributes
+            part["logits"] = part["logits"][..., : len(labels)]
+        return method(_of_task(self, labels), model_outputs, *args, **kwargs)
 
     return wrapper
 
