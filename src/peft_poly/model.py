@@ -14,7 +14,7 @@ from torch import nn
 
 from .adapter.sharing import router_group, shared_router_keys
 from .adapter.targets import check_architecture, check_target
-from .compute.call_weights import CallWeights
+from .compute.call_routing import CallRouting
 from .compute.gradients import let_gradients_pass, warn_of_rounding
 from .compute.kinds.serving import check_not_serving
 from .compute.states import keep_requires_grad
@@ -22,7 +22,7 @@ from .config import PolyConfig
 from .layer import Linear, PolyLayer
 from .router import Router, get_router
 from .tasks.choosing import task_contexts
-from .tasks.context import TaskContext, generation
+from .tasks.context import TaskContext, generation, kept_in_generation
 from .tasks.ids import TaskIds, rows_of_call
 from .verbs import TaskVerbs
 
@@ -270,12 +270,10 @@ class PolyModel(TaskVerbs, BaseTuner):
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
         if repeats > 1 and batch is not None:
             batch = batch.repeat(n_rows, repeats)
-        weights = (
-            None
-            if torch.compiler.is_compiling() or torch.is_grad_enabled()
-            else CallWeights(cast(list[Linear], self._layers()))
-        )
-        with self.task_context.use(batch, weights):
+        routing = self.task_context.routing if task_ids is None else None  # of the door outside of this one
+        if routing is None and not torch.compiler.is_compiling() and kept_in_generation() is None:
+            routing = CallRouting(cast(list[Linear], self._layers()), active, batch, n_rows)
+        with self.task_context.use(batch, routing):
             yield
 
     def _layers(self) -> list[PolyLayer]:

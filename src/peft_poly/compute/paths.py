@@ -19,7 +19,7 @@ from ..tasks.context import TaskBatch
 from .adapted import Adapted
 from .base_layers import PLAIN_TENSORS, base_output, frozen_product
 from .kinds import KINDS
-from .parts import dropped, row_tasks
+from .parts import dropped, ids_of_rows, row_tasks
 
 __all__ = ["choose_path"]
 
@@ -44,7 +44,8 @@ def plain(
     result = layer.base_layer(x, *args, **kwargs)
     dtype = result.dtype
     for name in active:
-        tasks = row_tasks(layer, name, batch, n_rows).to(x.device, non_blocking=True)
+        ids = ids_of_rows(layer, batch, name, n_rows)
+        tasks = row_tasks(layer, name, ids, n_rows).to(x.device, non_blocking=True)
         adapted = layer.poly_dropout[name](layer._cast_input_dtype(x, layer.poly_lora_A[name].dtype))
         result = result + KINDS[layer.poly_type[name]].update(layer, name, adapted, tasks)
     return result.to(dtype)
@@ -63,10 +64,8 @@ def for_backward(
                 weight, bias = frozen_product(layer._modules["base_layer"])
             if weight is None:
                 result = layer.base_layer(x, *args, **kwargs)
-        tasks = row_tasks(layer, name, batch, n_rows)
-        if tasks.device != x.device:
-            tasks = tasks.to(x.device, non_blocking=True)
-        result = KINDS[layer.poly_type[name]].node(layer, name, result, adapted, weight, bias, tasks)
+        ids = ids_of_rows(layer, batch, name, n_rows)
+        result = KINDS[layer.poly_type[name]].node(layer, name, result, adapted, weight, bias, ids, n_rows)
     assert result is not None
     return result
 

@@ -215,26 +215,26 @@ class TaskContext:
         return self.default is not None or self.configs[adapter_name].n_tasks == 1
 
     @contextmanager
-    def use(self, batch: Optional[TaskBatch], weights: Any = None) -> Iterator[None]:
+    def use(self, batch: Optional[TaskBatch], routing: Any = None) -> Iterator[None]:
         """Make `batch` the current one of this thread, and put the one before back afterwards.
 
         Args:
             batch: the tasks.
-            weights: mixing weights for the one call that this is for; None if it may be for several.
+            routing: of all layers, for the one call that this is for; None if it may be for several.
         """
         local = self._local
-        before = local.entry, local.weights
+        before = local.entry, local.routing
         local.entry = (batch, -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id())
-        local.weights = weights
+        local.routing = routing
         try:
             yield
         finally:
-            local.entry, local.weights = before
+            local.entry, local.routing = before
 
     @property
-    def weights(self) -> Any:
-        """Mixing weights of the call that this thread is in, if it is one."""
-        return self._local.weights
+    def routing(self) -> Any:
+        """The routing of the call that this thread is in, if it is one."""
+        return self._local.routing
 
     def current(self) -> Optional[TaskBatch]:
         """The batch being computed: the one entered in this thread, or the one whose backward is recomputing us."""
@@ -284,7 +284,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.entry: Optional[tuple[Optional[TaskBatch], int]] = None
         self.recomputed_in = -1
-        self.weights: Any = None
+        self.routing: Any = None
 
 
 class _Backward:

@@ -19,11 +19,12 @@ from ...config import PolyConfig
 from ...router import Router
 from ...tasks.context import TaskBatch, kept_in_generation
 from ..adapted import Adapted
-from ..parts import router_of, row_tasks, tensors_of
+from ..parts import ids_of_rows, tensors_of
 from ..products import to_add_to
 from .gating_node import GatedUpdate, add_gated
 from .kept import Kept, Origin, Shortcut
 from .kind import Kind
+from .routed import routed_for_backward, routed_without
 
 __all__ = ["GateRouter", "Gates"]
 
@@ -49,9 +50,13 @@ class GateRouter(Router):
         """All gates at one: every task starts as the shared LoRA."""
         nn.init.zeros_(self.module_logits)
 
-    def weigh(self, z: torch.Tensor) -> torch.Tensor:
-        """`1 + z`: `(..., r) -> (..., 1, r)`, at least float32."""
-        return (z if z.dtype in (torch.float32, torch.float64) else z.float()).add(1).unsqueeze(-2)
+    def route(self, z: torch.Tensor, noise: Optional[torch.Tensor]) -> tuple[torch.Tensor, None]:
+        """`1 + z`, `(..., r) -> (..., 1, r)`, at least float32; no noise, and a gradient that needs nothing."""
+        return (z if z.dtype in (torch.float32, torch.float64) else z.float()).add(1).unsqueeze(-2), None
+
+    def grad_route(self, grad: torch.Tensor, w: torch.Tensor, p: Optional[torch.Tensor], noisy: bool) -> torch.Tensor:
+        """That of the gates, `(..., 1, r)`."""
+        return grad
 
     def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gates of a batch.
@@ -69,7 +74,7 @@ class GateRouter(Router):
         if task_ids is None:
             raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
         tasks = task_ids.reshape(-1).to(self.module_logits.device)
-        return self.weigh(torch.embedding(self.module_logits, tasks))
+        return self.route(torch.embedding(self.module_logits, tasks), None)[0]
 
 
 class Gates(Kind):
@@ -139,12 +144,15 @@ class Gates(Kind):
         x: torch.Tensor,
         weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
-        tasks: torch.Tensor,
+        ids: torch.Tensor,
+        n_rows: int,
     ) -> torch.Tensor:
         """See `GatedUpdate`."""
         A, B, logits = tensors_of(layer, name)
-        gates = router_of(layer, name).weigh(torch.embedding(logits, tasks))[:, 0]
-        return GatedUpdate.apply(base, x, weight, bias, A, B, gates * layer.scaling[name])
+        gates, own = routed_for_backward(layer, name, logits, ids, n_rows)
+        return GatedUpdate.apply(
+            base, x, weight, bias, A, B, layer.scaling[name], gates, own, None if own is None else logits
+        )
 
     def add(
         self,
@@ -158,11 +166,9 @@ class Gates(Kind):
     ) -> torch.Tensor:
         """Two products and one multiplication, whatever the tasks."""
         A, B, logits = tensors_of(layer, name)
-        gates, scale = gates_of_rows(layer, name, logits, batch, n_rows, x), layer.scaling[name]
-        if layer.training:  # bit for bit as in `node`
-            gates, scale = gates * scale, 1.0
+        gates = gates_of_rows(layer, name, logits, batch, n_rows, x)
         y = to_add_to(y, owned)
-        add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), gates.to(A.dtype), A[0, 0], B[0, 0], scale)
+        add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), gates, A[0, 0], B[0, 0], layer.scaling[name])
         return y
 
     # ------------------------------------------------------------------------------------------------------- its life
@@ -177,7 +183,7 @@ class Gates(Kind):
             router: Any = layer.poly_router[name]
             routers[id(router)] = router
             B = layer.poly_lora_B[name]
-            gates = router.weigh(router.module_logits).mean(dim=0)  # (1, r)
+            gates = router.route(router.module_logits, None)[0].mean(dim=0)  # (1, r)
             folded = (gates.to(B).view(1, 1, -1, 1) * B).detach()
             layer.poly_lora_B[name] = nn.Parameter(folded, requires_grad=B.requires_grad)
         for router in routers.values():
@@ -216,28 +222,24 @@ class Gates(Kind):
 def gates_of_rows(
     layer: Adapted, name: str, logits: torch.Tensor, batch: Optional[TaskBatch], n_rows: int, x: torch.Tensor
 ) -> torch.Tensor:
-    """The gates of the rows, `(b, r)` or `(1, r)` for all, at least float32; kept from token to token in `generate`."""
+    """The gates of the rows, `(b, r)` or `(1, r)` for all, dtype of A, without gradients; kept within `generate`."""
+    ids = ids_of_rows(layer, batch, name, n_rows)
+    A, B, _ = tensors_of(layer, name)
+
+    def looked_up() -> torch.Tensor:
+        tasks = ids.to(logits.device, non_blocking=True)
+        return routed_without(layer, name, logits, ids, tasks)[:, 0].to(A.dtype)
+
     kept = None if layer.training else kept_in_generation()
-    tasks = row_tasks(layer, name, batch, n_rows)
     if kept is None:
-        return _looked_up(layer, name, logits, tasks, x)
-    entry, tensors = kept.get((layer, name)), (logits,)
-    if entry is None or not entry.holds(batch, tasks, tensors):
-        entry = kept[layer, name] = Kept(batch, tasks, tensors, (_looked_up(layer, name, logits, tasks, x),))
+        return looked_up()
+    entry = kept.get((layer, name))
+    if entry is None or not entry.holds(batch, ids, (logits,)):
+        entry = kept[layer, name] = Kept(batch, ids, (logits,), (looked_up(),))
     elif Shortcut.fits(layer, name, x):  # not the first token: there will be more
-        A, B, _ = tensors_of(layer, name)
-        values = (A[0, 0], B[0, 0], entry.values[0].to(A.dtype))
+        values = (A[0, 0], B[0, 0], *entry.values)
         kept[layer] = Shortcut(layer, name, x, batch, None, Origin((logits, A, B)), values, _gated)
     return entry.values[0]
-
-
-def _looked_up(layer: Adapted, name: str, logits: torch.Tensor, tasks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    weights, gates = layer.task_context.weights, None
-    if weights is not None:
-        gates = weights.of(logits, name, tasks)
-    if gates is None:
-        gates = router_of(layer, name).weigh(torch.embedding(logits, tasks.to(x.device, non_blocking=True)))
-    return gates[:, 0]
 
 
 def _gated(y: torch.Tensor, x: torch.Tensor, values: tuple[torch.Tensor, ...], scale: float) -> torch.Tensor:

@@ -87,9 +87,21 @@ class Kind(ABC):
         x: torch.Tensor,
         weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
-        tasks: torch.Tensor,
+        ids: torch.Tensor,
+        n_rows: int,
     ) -> torch.Tensor:
-        """`base` plus the update, as one autograd node; without `base`, `F.linear(x, weight, bias)` stands for it."""
+        """`base` plus the update, as one autograd node; without `base`, `F.linear(x, weight, bias)` stands for it.
+
+        Args:
+            layer: the layer.
+            name: the adapter.
+            base: `(b, ..., out)`, or None.
+            x: `(b, ..., in)`.
+            weight: of the base layer, frozen, or None.
+            bias: the same.
+            ids: LongTensor `(n_rows,)`, or `(1,)` for all rows.
+            n_rows: rows of x.
+        """
 
     @abstractmethod
     def add(

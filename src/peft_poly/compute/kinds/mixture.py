@@ -11,16 +11,17 @@ import torch
 from torch import nn
 
 from ...config import PolyConfig
-from ...router import PolyRouter, normalise, route
+from ...router import PolyRouter, normalise
 from ...tasks.context import TaskBatch, kept_in_generation
 from ...tasks.grouping import Rows, ungrouped_rows
 from ..adapted import Adapted
-from ..parts import FIRST_TASK, router_of, row_tasks, tensors_of
+from ..parts import FIRST_TASK, ids_of_rows, row_tasks, tensors_of
 from ..products import low_rank_update
 from .kept import Kept, Origin, Products, Shortcut
 from .kind import Kind
 from .mixing import add_update, cheaper_together, mix_A, mix_B, mix_one, worth_turning
 from .mixing_node import PolyUpdate
+from .routed import routed_for_backward, routed_without
 from .serving import Serving
 
 __all__ = ["Mixture", "own_skill_logit"]
@@ -81,14 +82,14 @@ class Mixture(Kind):
         x: torch.Tensor,
         weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
-        tasks: torch.Tensor,
+        ids: torch.Tensor,
+        n_rows: int,
     ) -> torch.Tensor:
         """See `PolyUpdate`."""
         A, B, logits = tensors_of(layer, name)
-        router = router_of(layer, name)
-        noise = router.noise_for(tasks)
+        w, own = routed_for_backward(layer, name, logits, ids, n_rows)
         return PolyUpdate.apply(
-            base, x, weight, bias, A, B, logits, tasks, noise, router.temperature, layer.scaling[name]
+            base, x, weight, bias, A, B, layer.scaling[name], w, own, None if own is None else logits
         )
 
     def add(
@@ -189,13 +190,14 @@ def pairs_of_rows(
             return _served(layer, name, batch, rows, x, kept, store)
         if kept is None and rows.index is not None and not cheaper_together(rows, x, layer.r[name]):
             rows = None
+    ids = ids_of_rows(layer, batch, name, n_rows)
     if rows is None:
-        rows = ungrouped_rows(row_tasks(layer, name, batch, n_rows).to(x.device, non_blocking=True))
+        rows = ungrouped_rows(row_tasks(layer, name, ids, n_rows).to(x.device, non_blocking=True))
     if kept is None:
-        return rows, *mixed(layer, name, rows.tasks, x)
+        return rows, *mixed(layer, name, rows.tasks, x, ids)
     entry, tensors = kept.get((layer, name)), tensors_of(layer, name)
     if entry is None or not entry.holds(batch, rows.tasks, tensors):
-        entry = kept[layer, name] = Kept(batch, rows.tasks, tensors, mixed(layer, name, rows.tasks, x))
+        entry = kept[layer, name] = Kept(batch, rows.tasks, tensors, mixed(layer, name, rows.tasks, x, ids))
     elif Shortcut.fits(layer, name, x):  # not the first token: there will be more
         kept[layer] = Shortcut(layer, name, x, batch, None, entry.origin, entry.values, _products(rows))
     return rows, *entry.values
@@ -214,7 +216,7 @@ def _served(
     if rows.index is not None and not cheaper_together(rows, x, layer.r[name]):
         rows = rows.one_by_one()
     tensors = tensors_of(layer, name)
-    pair = store.pairs(layer, name, rows, tensors, lambda tasks: mixed(layer, name, tasks, x))
+    pair = store.pairs(layer, name, rows, tensors, lambda tasks: mixed(layer, name, tasks, x, tasks))
     origin = Origin(tensors)
     if origin.lasting and Shortcut.fits(layer, name, x):
         place = store.shortcuts if kept is None else kept
@@ -238,15 +240,14 @@ def _products(rows: Rows) -> Products:
     return products
 
 
-def mixed(layer: Adapted, name: str, tasks: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Mixture.pair` for tasks `(g,)`, without autograd or autocast; one is `(in, r)`, `(r, out)`."""
+def mixed(
+    layer: Adapted, name: str, tasks: torch.Tensor, x: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Mixture.pair` for tasks `(g,)`, made of the batch's ids, without autograd or autocast; of one task `(in, r)` and
+    `(r, out)`.
+    """
     A, B, logits = tensors_of(layer, name)
-    router = router_of(layer, name)
-    weights, w = layer.task_context.weights, None
-    if weights is not None and not router.samples:
-        w = weights.of(logits, name, tasks)
-    if w is None:
-        w = route(logits, tasks, router.noise_for(tasks), router.temperature, A.shape[0])[0]
+    w = routed_without(layer, name, logits, ids, tasks)
     if w.shape[0] == 1:
         return mix_one(w, A, B)
     return mix_A(w, A, worth_turning(x, w.shape[0])), mix_B(w, B)

@@ -11,7 +11,7 @@ from adapters import poly, spread
 from tiny import CASES, TASKS
 
 from peft_poly import PolyLayer
-from peft_poly.compute.call_weights import KINDS, SMALL, CallWeights
+from peft_poly.compute.call_routing import KINDS, SMALL, CallWeights
 
 
 def make_model(case: str = "llama", **settings):
