@@ -101,8 +101,10 @@ class Router(nn.Module, ABC):
         module_logits (`nn.Parameter`): `(n_tasks, columns)`.
         n_splits: h of the weights.
         n_skills: k of the weights.
+        temperature: of its draws, if it samples.
     """
 
+    temperature: float = 1.0
     module_logits: nn.Parameter
     n_splits: int
     n_skills: int
