@@ -5,8 +5,8 @@ operations of one real call are watched (nothing is computed twice). One number 
 apart in memory the rows lie. It holds for every view of it. A dimension of that stride, with as many entries as there
 are rows, is that of the rows; with `m` times as many at an `m`-th of the stride, each row has `m` of them, one after
 the other (choices, windows, flattened tokens). Other operations keep the place of the first input that has one, if the
-sizes say that they can. What stems from no row (a table of positions, images beside text), or was picked by a condition (the
-tokens of an expert), has no place.
+sizes say that they can. What stems from no row (a table of positions, images beside text), or was
+picked by a condition (the tokens of an expert), has no place.
 """
 
 from __future__ import annotations
