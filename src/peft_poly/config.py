@@ -29,7 +29,8 @@ class KindSettings(Protocol):
         """A router for these settings."""
 
 
-KINDS: dict[str, KindSettings] = {}  # by `poly_type`; `peft_poly.compute.kinds` enters them
+# By `poly_type`; `peft_poly.compute.kinds` enters them, and a reload of this module keeps them.
+KINDS: dict[str, KindSettings] = globals().get("KINDS", {})
 
 
 @dataclass

@@ -30,6 +30,7 @@ from .compute.paths import choose_path
 from .compute.states import evaluating, keep_requires_grad
 from .config import PolyConfig
 from .router import Router, get_router
+from .tasks.calls import place_of_rows
 from .tasks.context import TaskContext
 from .tasks.ids import TaskIds
 
@@ -88,6 +89,7 @@ class PolyLayer(BaseTunerLayer):
         self.merged_tasks: dict[str, int] = {}
         self.frozen_peft_weight_names = {}
         self.cast_input_dtype_enabled = True
+        self.row_dim, self.rows_known = 0, False  # where the rows of a call are in its input; see `tasks/calls.py`
         self.kwargs = kwargs
 
         base = self.get_base_layer()
@@ -288,7 +290,14 @@ class Linear(nn.Module, PolyLayer):
             return self.base_layer(x, *args, **kwargs)
         n_rows = x.shape[0] if x.dim() > 1 else 1
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
-        return choose_path(self, x, active)(self, x, active, batch, n_rows, args, kwargs)
+        path = choose_path(self, x, active)
+        if batch is None or not batch.mixed or task_ids is not None:
+            return path(self, x, active, batch, n_rows, args, kwargs)
+        dim, batch = place_of_rows(self, x, batch)
+        if dim == 0:
+            return path(self, x, active, batch, n_rows, args, kwargs)
+        y = path(self, x.transpose(0, dim), active, batch, x.shape[dim], args, kwargs)
+        return y.transpose(0, dim).contiguous()  # as the base layer returns it: models look at it by `view`
 
     def _without_routing(self, x: torch.Tensor, args: Any, task_ids: Optional[TaskIds], kwargs: Any) -> torch.Tensor:
         if self._disable_adapters and self.merged_adapters:

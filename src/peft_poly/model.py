@@ -21,8 +21,11 @@ from .compute.states import keep_requires_grad
 from .config import PolyConfig
 from .layer import Linear, PolyLayer
 from .router import Router, get_router
+from .tasks.batch import generation, how_rows_repeat, kept_in_generation
+from .tasks.by_task import let_attention_compute_by_task
+from .tasks.calls import follow_calls, stop_following
 from .tasks.choosing import task_contexts
-from .tasks.context import TaskContext, generation, kept_in_generation
+from .tasks.context import TaskContext
 from .tasks.ids import TaskIds, rows_of_call
 from .verbs import TaskVerbs
 
@@ -70,8 +73,8 @@ class PolyModel(TaskVerbs, BaseTuner):
         self.task_context = found[0] if found else TaskContext(self.peft_config)
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        if not any(_notes_tasks(hook) for hook in model._forward_hooks.values()):
-            model.register_forward_hook(self.task_context.note_outputs)
+        follow_calls(model, self.task_context)
+        let_attention_compute_by_task(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection of an adapter's layers; one that fails leaves the model as it was.
@@ -174,9 +177,7 @@ class PolyModel(TaskVerbs, BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        for key, hook in list(model._forward_hooks.items()):
-            if _notes_tasks(hook):
-                del model._forward_hooks[key]
+        stop_following(model)
         return model
 
     # -------------------------------------------------------------------------------------------------- checkpoints
@@ -244,8 +245,25 @@ class PolyModel(TaskVerbs, BaseTuner):
         Raises:
             ValueError: as `PolyModel.routed`.
         """
-        with generation(), self.routed(args, kwargs, task_ids):
+        with self.routed_generate(args, kwargs, task_ids):
             return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def routed_generate(
+        self, args: tuple, kwargs: dict[str, Any], task_ids: Optional[TaskIds] = None
+    ) -> Iterator[None]:
+        """As `routed`, for `generate`: transformers', or the model's own.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: its keyword arguments.
+            task_ids: tasks of the rows, as in `routed`.
+
+        Raises:
+            ValueError: as `routed`.
+        """
+        with generation(*how_rows_repeat(self.model, kwargs)), self.routed(args, kwargs, task_ids):
+            yield
 
     @contextmanager
     def routed(self, args: tuple, kwargs: dict[str, Any], task_ids: Optional[TaskIds] = None) -> Iterator[None]:
@@ -266,10 +284,8 @@ class PolyModel(TaskVerbs, BaseTuner):
         if not active or not self._enabled:
             yield
             return
-        n_rows, repeats = rows_of_call(args, kwargs)
+        n_rows = rows_of_call(args, kwargs)[0]
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
-        if repeats > 1 and batch is not None:
-            batch = batch.repeat(n_rows, repeats)
         routing = self.task_context.routing if task_ids is None else None  # of the door outside of this one
         if routing is None and not torch.compiler.is_compiling() and kept_in_generation() is None:
             routing = CallRouting(cast(list[Linear], self._layers()), active, batch, n_rows)
@@ -297,7 +313,3 @@ def tuner_of(model: Any) -> Optional[PolyModel]:
     """The tuner of a `PeftModel` with a task-routed adapter; None for every other model."""
     tuner = getattr(model, "_modules", {}).get("base_model")
     return tuner if hasattr(type(tuner), "routed") else None  # not by the class, which a reload replaces
-
-
-def _notes_tasks(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), TaskContext)

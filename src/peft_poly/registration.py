@@ -14,19 +14,23 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.peft_model import PeftModel
 from peft.utils import PeftType, register_peft_method
+from torch.utils import checkpoint
 from transformers import GenerationMixin
 
 from .checkpoints import loading, saving
 from .config import PolyConfig
 from .model import PolyModel, tuner_of
-from .tasks.context import generation
+from .tasks.batch import current_generation, generation, how_rows_repeat, rows_left_message
+from .tasks.choosing import check_one_task_is_set, task_contexts
+from .tasks.ids import rows_of_call
+from .tasks.recomputing import binding_first_argument, binding_second_argument
 from .training.trainer import LESSONS
 
 __all__ = ["register"]
@@ -43,8 +47,12 @@ def register() -> None:
     register_peft_method(name=NAME, config_cls=PolyConfig, model_cls=PolyModel, prefix=PolyModel.prefix)
     for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
         _wrap(cls, "forward", _routed)
-        _wrap(cls, "generate", _routed)
+        _wrap(cls, "generate", functools.partial(_routed, door="routed_generate"))
     _wrap(GenerationMixin, "generate", _generating)
+    for cls in GenerationMixin.__mro__[1:]:
+        _wrap(cls, "init_continuous_batching", _in_its_own_thread)
+    _wrap(checkpoint, "_checkpoint_without_reentrant_generator", binding_first_argument)
+    _wrap(checkpoint.CheckpointFunction, "forward", binding_second_argument)
     _wrap(PeftModel, "load_adapter", _for_poly(loading.load_adapter))
     _wrap(PeftModel, "save_pretrained", _for_poly(saving.save_pretrained))
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
@@ -64,7 +72,7 @@ def _wrap(cls: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     setattr(cls, name, wrapper)
 
 
-def _routed(method: Callable) -> Callable:
+def _routed(method: Callable, door: str = "routed") -> Callable:
     parameters = list(inspect.signature(method).parameters)
     position = parameters.index("task_ids") - 1 if "task_ids" in parameters else None
 
@@ -76,17 +84,44 @@ def _routed(method: Callable) -> Callable:
         task_ids = kwargs.pop("task_ids", None)
         if position is not None and len(args) > position:
             task_ids, args = args[position], (*args[:position], None, *args[position + 1 :])
-        with tuner.routed(args, kwargs, task_ids):
+        with getattr(tuner, door)(args, kwargs, task_ids):
             return method(self, *args, **kwargs)
 
     return wrapper
 
 
 def _generating(method: Callable) -> Callable:
+    """Says how `generate` repeats rows. One inside another (long recordings, an own `generate`) must keep all rows."""
+
     @functools.wraps(method)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with generation():
-            return method(*args, **kwargs)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_rows_are_whole(self, rows_of_call(args, kwargs)[0])
+        with generation(*how_rows_repeat(self, kwargs)):
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _check_rows_are_whole(model: Any, n_rows: Optional[int]) -> None:
+    outer = current_generation()
+    if outer is None or n_rows is None:
+        return
+    for context in task_contexts(model):
+        batch = context.current()
+        if batch is not None and batch.mixed:
+            before = batch.n_rows if outer.n_rows is None else outer.n_rows
+            if n_rows != before:
+                raise ValueError(rows_left_message(before, n_rows))
+    outer.n_rows = n_rows
+
+
+def _in_its_own_thread(method: Callable) -> Callable:
+    """Continuous batching computes packed rows in a thread of its own, which sees the set task only."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_one_task_is_set(self, "Continuous batching")
+        return method(self, *args, **kwargs)
 
     return wrapper
 

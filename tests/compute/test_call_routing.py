@@ -12,7 +12,7 @@ from tiny import CASES, TASKS
 
 from peft_poly import PolyLayer
 from peft_poly.compute.call_routing import KINDS, SMALL, CallRouting, CallWeights
-from peft_poly.tasks.context import TaskBatch
+from peft_poly.tasks.batch import TaskBatch
 
 
 def make_model(case: str = "llama", **settings):

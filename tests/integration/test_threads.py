@@ -199,4 +199,4 @@ def test_three_threads_recompute_each_their_own_task(nested, use_reentrant):
         for one, other in zip(got, wanted, strict=True):
             assert torch.equal(one, other)
     assert not torch.allclose(wanted[0], wanted[2], atol=1e-3)
-    assert len(model.base_model.task_context._notes) == 0
+    assert model.base_model.task_context.entries.top is None

@@ -18,7 +18,7 @@ from typing import Any, Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..tasks.context import TaskBatch
+from ..tasks.batch import TaskBatch
 from .adapted import Adapted
 from .base_layers import PLAIN_TENSORS
 from .parts import FIRST_TASK

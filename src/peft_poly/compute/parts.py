@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ..tasks.context import TaskBatch
+from ..tasks.batch import TaskBatch
 from .adapted import Adapted
 
 __all__ = ["FIRST_TASK", "dropped", "ids_of_rows", "router_of", "row_tasks", "tensors_of"]

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 import torch
 
-from ..tasks.context import TaskBatch
+from ..tasks.batch import TaskBatch
 from .adapted import Adapted
 from .base_layers import PLAIN_TENSORS, base_output, frozen_product
 from .kinds import KINDS

@@ -10,25 +10,40 @@ import torch
 
 from ..config import PolyConfig
 
-__all__ = ["TaskIds", "nearest_name", "no_task_message", "resolve_task", "resolve_tasks", "rows_of_call"]
+__all__ = [
+    "ROW_ARGUMENTS",
+    "TaskIds",
+    "nearest_name",
+    "no_task_message",
+    "resolve_task",
+    "resolve_tasks",
+    "rows_of_call",
+]
 
 TaskIds = Union[torch.Tensor, Sequence[Union[int, str]], int, str]
 
 # Arguments that tell how many rows a batch has, in the order of trust.
-ROW_ARGUMENTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values")
+ROW_ARGUMENTS = (
+    "input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values", "decoder_input_ids",
+    "decoder_inputs_embeds",
+)  # fmt: skip
 
 
-def rows_of_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Optional[int], int]:
-    """How many rows the batch of a call has, and how many sequences a row (choices of `(b, choices, l)` input ids).
+def rows_of_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Optional[int], Union[str, int, None]]:
+    """How many rows the batch of a call has, and which argument tells it: its name or its position.
 
-    The number is None if no argument tells.
+    Both are None if no argument tells.
     """
-    named = [kwargs[name] for name in ROW_ARGUMENTS if isinstance(kwargs.get(name), torch.Tensor)]
-    main = (named or [arg for arg in args[:1] if isinstance(arg, torch.Tensor)] or [None])[0]
-    if main is None or main.dim() < 2:
-        return None, 1
-    has_choices = main.dim() == 3 and not main.is_floating_point()
-    return main.shape[0], main.shape[1] if has_choices else 1
+    told: list[tuple[Union[str, int], Any]] = [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[:-2]]
+    encoded = kwargs.get("encoder_outputs")
+    if encoded is not None and len(encoded):  # `generate` has encoded the rows before
+        told.append(("encoder_outputs", encoded[0]))
+    told += [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[-2:]]
+    told += list(enumerate(args[:1]))
+    for name, value in told:
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            return value.shape[0], name
+    return None, None
 
 
 def resolve_tasks(

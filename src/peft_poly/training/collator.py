@@ -133,7 +133,7 @@ class DataCollatorWithTaskIds:
 
     def _fitted(self, ids: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
         """One id for each row of the batch, `(b,)`."""
-        n_rows, _ = rows_of_call((), dict(batch))
+        n_rows = rows_of_call((), dict(batch))[0]
         if n_rows is None or n_rows == len(ids):
             return ids
         if (ids == ids[0]).all():

@@ -17,7 +17,7 @@ from torch import nn
 
 from ...config import PolyConfig
 from ...router import Router
-from ...tasks.context import TaskBatch, kept_in_generation
+from ...tasks.batch import TaskBatch, kept_in_generation
 from ..adapted import Adapted
 from ..parts import ids_of_rows, tensors_of
 from ..products import to_add_to

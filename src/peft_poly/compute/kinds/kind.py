@@ -15,7 +15,7 @@ import torch
 
 from ...config import PolyConfig
 from ...router import Router
-from ...tasks.context import TaskBatch
+from ...tasks.batch import TaskBatch
 from ..adapted import Adapted
 
 __all__ = ["Kind"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...config import PolyConfig
 from ...router import PolyRouter, normalise
-from ...tasks.context import TaskBatch, kept_in_generation
+from ...tasks.batch import TaskBatch, kept_in_generation
 from ...tasks.grouping import Rows, ungrouped_rows
 from ..adapted import Adapted
 from ..parts import FIRST_TASK, ids_of_rows, row_tasks, tensors_of
