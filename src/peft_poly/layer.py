@@ -26,6 +26,7 @@ from .compute.kinds import KINDS
 from .compute.kinds.kept import shortcut_of
 from .compute.kinds.serving import check_not_serving
 from .compute.merging import merge, unmerge
+from .compute.onloading import at_hand, is_elsewhere
 from .compute.paths import choose_path
 from .compute.states import evaluating, keep_requires_grad
 from .config import PolyConfig
@@ -165,7 +166,8 @@ class PolyLayer(BaseTunerLayer):
 
     def mixed_pair(self, adapter_name: str, task_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The low-rank pairs of tasks: `(b,) -> (b, in, r), (b, r, out)`, dtype of the adapter."""
-        return KINDS[self.poly_type[adapter_name]].pair(self, adapter_name, task_ids)
+        with at_hand(self, [adapter_name], task_ids):
+            return KINDS[self.poly_type[adapter_name]].pair(self, adapter_name, task_ids)
 
     def get_delta_weight(self, adapter: str, task: Union[int, str, None] = None) -> torch.Tensor:
         """What a task adds to the base weight, in its layout, `(out, in)` or `(in, out)` for Conv1D.
@@ -178,9 +180,8 @@ class PolyLayer(BaseTunerLayer):
             ValueError: the adapter has several tasks and none was chosen.
         """
         task_id = self.task_context.one_task(adapter, task)
-        ids = torch.tensor([task_id], device=self.poly_lora_A[adapter].device)
         with evaluating(self.poly_router[adapter]):
-            A, B = self.mixed_pair(adapter, ids)
+            A, B = self.mixed_pair(adapter, torch.tensor([task_id]))
         delta = (A[0].float() @ B[0].float()) * self.scaling[adapter]
         return (delta if self.fan_in_fan_out else delta.T).to(A.dtype)
 
@@ -288,7 +289,11 @@ class Linear(nn.Module, PolyLayer):
             return self.base_layer(x, *args, **kwargs)
         n_rows = x.shape[0] if x.dim() > 1 else 1
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
-        return choose_path(self, x, active)(self, x, active, batch, n_rows, args, kwargs)
+        path = choose_path(self, x, active)
+        if is_elsewhere(self, active):
+            with at_hand(self, active, x):
+                return path(self, x, active, batch, n_rows, args, kwargs)
+        return path(self, x, active, batch, n_rows, args, kwargs)
 
     def _without_routing(self, x: torch.Tensor, args: Any, task_ids: Optional[TaskIds], kwargs: Any) -> torch.Tensor:
         if self._disable_adapters and self.merged_adapters:

@@ -16,6 +16,7 @@ from .checkpoints.export import export_lora
 from .checkpoints.sharding import check_whole
 from .compute.kinds.serving import Serving, check_not_serving, serving
 from .compute.merging import merged_weight
+from .compute.onloading import onloaded
 from .compute.states import evaluating
 from .config import PolyConfig
 from .layer import Linear
@@ -125,7 +126,7 @@ class TaskVerbs(_Tuner):
         for key, layer in self._whole_layers(adapter_name, "be looked at").items():
             router = cast(Router, layer.poly_router[self._poly_name(adapter_name)])
             with evaluating(router):
-                weights[key] = router(torch.arange(router.n_tasks, device=router.module_logits.device)).detach()
+                weights[key] = router(torch.arange(router.n_tasks)).detach()
         return weights
 
     # ---------------------------------------------------------------------------------------------- grow and shrink
@@ -151,7 +152,9 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`add_tasks`")
         name = self._poly_name(adapter_name)
-        return growth.add_tasks(self._poly_config(name), name, self._whole_layers(name, "grow").values(), names, init)
+        layers = self._whole_layers(name, "grow").values()
+        with onloaded(self.model, changed=True):
+            return growth.add_tasks(self._poly_config(name), name, layers, names, init)
 
     def remove_tasks(self, tasks: Union[Task, Sequence[Task]], adapter_name: Optional[str] = None) -> None:
         """Delete tasks. The ids of the tasks behind them move up; names keep their meaning.
@@ -167,7 +170,9 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`remove_tasks`")
         name = self._poly_name(adapter_name)
-        growth.remove_tasks(self._poly_config(name), name, self._whole_layers(name, "shrink").values(), tasks)
+        layers = self._whole_layers(name, "shrink").values()
+        with onloaded(self.model, changed=True):
+            growth.remove_tasks(self._poly_config(name), name, layers, tasks)
 
     def rename_task(self, old: Task, new: str, adapter_name: Optional[str] = None) -> None:
         """Give a task another name; its id and what it computes stay.
@@ -216,7 +221,9 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`average_skills`")
         name = self._poly_name(adapter_name)
-        adaptation.average_skills(self._poly_config(name), self._whole_layers(name, "be averaged").values(), name)
+        layers = self._whole_layers(name, "be averaged").values()
+        with onloaded(self.model, changed=True):
+            adaptation.average_skills(self._poly_config(name), layers, name)
 
     # ------------------------------------------------------------------------------------------- merge and export
     def merge_adapter(

@@ -13,6 +13,7 @@ import torch
 
 from .adapted import Adapted
 from .base_layers import PLAIN_TENSORS
+from .onloading import onloaded
 
 __all__ = ["CallWeights"]
 
@@ -24,16 +25,16 @@ class CallWeights:
     """Eval-mode mixing weights for one call at the model's door; it goes with the call.
 
     Args:
-        layers: the model's adapted layers. One that is missing, or whose router is elsewhere now (sharded, offloaded,
-            on another device), works its weights out itself.
+        layers: the model's adapted layers. One that is missing, or whose router is elsewhere now (sharded, on another
+            device), works its weights out itself; the router of one that is offloaded is loaded for it.
     """
 
     def __init__(self, layers: Sequence[Adapted]) -> None:
         self.layers = layers
         self._known: dict[tuple[str, int], tuple[torch.Tensor, dict[int, tuple[Any, ...]]]] = {}
 
-    def of(self, logits: torch.Tensor, name: str, tasks: torch.Tensor) -> Optional[torch.Tensor]:
-        """The weights `(g, h, k)`, at least float32, of the router with these logits for tasks `(g,)`; None if unknown.
+    def of(self, router: Any, name: str, tasks: torch.Tensor) -> Optional[torch.Tensor]:
+        """The weights `(g, h, k)`, at least float32, of a router for tasks `(g,)`; None if unknown.
 
         Without noise, and without autograd.
         """
@@ -43,22 +44,28 @@ class CallWeights:
             if len(self._known) == KINDS:
                 return None
             entry = self._known[key] = (tasks, self._work_out(name, tasks))  # holds the tasks: their id stays theirs
-        routed = entry[1].get(id(logits))
-        if routed is None or (logits.data_ptr(), logits._version) != routed[1]:  # changed within the call
+        routed = entry[1].get(id(router))
+        if routed is None or (routed[0] is not None and routed[0] != _state(router.module_logits)):  # changed meanwhile
             return None
         w: torch.Tensor = routed[2]
         return w
 
     def _work_out(self, name: str, tasks: torch.Tensor) -> dict[int, tuple[Any, ...]]:
-        """By id of the logits: the logits, so that their id stays theirs; what tells a change; the weights."""
-        device, found = tasks.device, {}
+        """By id of the router: what tells a change of its logits, None if each use loads them; them; the weights."""
+        found: dict[int, tuple[Any, torch.Tensor]] = {}
         layer: Any
         for layer in self.layers:
             router = layer._modules["poly_router"]._modules.get(name)
-            logits = None if router is None else router._parameters.get("module_logits")
-            if logits is not None and _is_here(logits, device):
-                found[id(logits)], weigh = logits, router.weigh
-        routers = list(found.values())
+            if router is None or id(router) in found:
+                continue
+            logits = router._parameters.get("module_logits")
+            away = logits is not None and logits.is_meta
+            if away:
+                with onloaded(router):
+                    logits = router.module_logits
+            if logits is not None and _is_here(logits, tasks.device):
+                found[id(router)], weigh = (None if away else _state(logits), logits), router.weigh
+        routers = [logits for _, logits in found.values()]
         if not routers or any(
             logits.dtype != routers[0].dtype or logits.shape != routers[0].shape for logits in routers
         ):
@@ -67,11 +74,12 @@ class CallWeights:
             z = torch.stack(routers).index_select(1, tasks)
         else:
             z = torch.stack([torch.embedding(logits, tasks) for logits in routers])
-        w = weigh(z)
-        return {
-            id(logits): (logits, (logits.data_ptr(), logits._version), of_router)
-            for logits, of_router in zip(routers, w.unbind(), strict=True)
-        }
+        return {key: (*found[key], of_router) for key, of_router in zip(found, weigh(z).unbind(), strict=True)}
+
+
+def _state(logits: torch.Tensor) -> tuple[int, int, int]:
+    """Differs from what it was when they are replaced, moved, cast or written to."""
+    return id(logits), logits.data_ptr(), logits._version
 
 
 def _is_here(logits: torch.Tensor, device: torch.device) -> bool:

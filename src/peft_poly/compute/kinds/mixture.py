@@ -244,7 +244,7 @@ def mixed(layer: Adapted, name: str, tasks: torch.Tensor, x: torch.Tensor) -> tu
     router = router_of(layer, name)
     weights, w = layer.task_context.weights, None
     if weights is not None and not router.samples:
-        w = weights.of(logits, name, tasks)
+        w = weights.of(router, name, tasks)
     if w is None:
         w = route(logits, tasks, router.noise_for(tasks), router.temperature, A.shape[0])[0]
     if w.shape[0] == 1:
