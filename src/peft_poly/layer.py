@@ -26,7 +26,7 @@ from .compute.kinds import KINDS
 from .compute.kinds.kept import shortcut_of
 from .compute.kinds.serving import check_not_serving
 from .compute.merging import merge, unmerge
-from .compute.onloading import at_hand, is_elsewhere
+from .compute.onloading import at_hand, execution_device, is_elsewhere, is_offloaded
 from .compute.paths import choose_path
 from .compute.states import evaluating, keep_requires_grad
 from .config import PolyConfig
@@ -201,6 +201,8 @@ class PolyLayer(BaseTunerLayer):
         super().enable_adapters(enabled)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
+        if device is None and is_offloaded(self.get_base_layer()):
+            device = execution_device(self.get_base_layer())
         with keep_requires_grad(self, adapter_name):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 

@@ -17,6 +17,7 @@ from .adapter.targets import check_architecture, check_target
 from .compute.call_weights import CallWeights
 from .compute.gradients import let_gradients_pass, warn_of_rounding
 from .compute.kinds.serving import check_not_serving
+from .compute.onloading import is_offloaded
 from .compute.states import keep_requires_grad
 from .config import PolyConfig
 from .layer import Linear, PolyLayer
@@ -167,9 +168,9 @@ class PolyModel(TaskVerbs, BaseTuner):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, PolyLayer):
+        if isinstance(new_module, PolyLayer) and not is_offloaded(child):  # whose weight is not where it is used
             super()._replace_module(parent, child_name, new_module, child)
-        else:  # back to the base layer; PEFT would set its `weight` anew, and some quantised layers have none
+        else:  # or back to the base layer; PEFT would set its `weight` anew, and some quantised layers have none
             setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:

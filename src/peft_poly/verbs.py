@@ -125,7 +125,7 @@ class TaskVerbs(_Tuner):
         weights = {}
         for key, layer in self._whole_layers(adapter_name, "be looked at").items():
             router = cast(Router, layer.poly_router[self._poly_name(adapter_name)])
-            with evaluating(router):
+            with evaluating(router), onloaded(self.model):
                 weights[key] = router(torch.arange(router.n_tasks)).detach()
         return weights
 

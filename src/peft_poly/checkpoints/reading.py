@@ -149,7 +149,7 @@ def _routing_of_model(model: nn.Module, adapter_name: Optional[str]) -> Routing:
             seen.add(id(router))
             config = layer.task_context.configs[name]
             label = _label(config.router_granularity, key.removeprefix("base_model.model."))
-            with onloaded(layer):
+            with onloaded(model):
                 found[label] = router.module_logits.detach().float().cpu()
     return _routing(cast(PeftConfig, config), found)
 

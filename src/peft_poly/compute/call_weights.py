@@ -13,7 +13,7 @@ import torch
 
 from .adapted import Adapted
 from .base_layers import PLAIN_TENSORS
-from .onloading import onloaded
+from .onloading import is_offloaded, onloaded
 
 __all__ = ["CallWeights"]
 
@@ -59,7 +59,7 @@ class CallWeights:
             if router is None or id(router) in found:
                 continue
             logits = router._parameters.get("module_logits")
-            away = logits is not None and logits.is_meta
+            away = is_offloaded(router)
             if away:
                 with onloaded(router):
                     logits = router.module_logits

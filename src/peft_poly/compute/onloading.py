@@ -17,7 +17,7 @@ from torch import nn
 
 from .adapted import Adapted
 
-__all__ = ["at_hand", "is_elsewhere", "onloaded"]
+__all__ = ["at_hand", "execution_device", "is_elsewhere", "is_offloaded", "onloaded"]
 
 
 def is_elsewhere(layer: Adapted, names: list[str]) -> bool:
@@ -90,6 +90,7 @@ def onloaded(root: nn.Module, changed: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        hooked = [(module, hook) for module, hook in hooked if hook in _offload_hooks(module)]  # else dispatched anew
         for module, hook in hooked if changed else ():
             tensors = named_module_tensors(module, recurse=hook.place_submodules)
             hook.weights_map = {name: tensor.to("cpu") for name, tensor in tensors}
@@ -113,6 +114,16 @@ def _holders(root: nn.Module) -> list[nn.Module]:
             if inside & {id(part) for part in module.modules()}:
                 found[id(module)] = module
     return list(found.values())
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate loads a module's own parameters for each use of it."""
+    return "_hf_hook" in vars(module) and bool(_offload_hooks(module))
+
+
+def execution_device(module: nn.Module) -> Any:
+    """Where an offloaded module is loaded to."""
+    return _offload_hooks(module)[0].execution_device
 
 
 def _offload_hooks(module: nn.Module) -> list[AlignDevicesHook]:
