@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.peft_model import PeftModel
 from peft.utils import PeftType, register_peft_method
 from transformers import GenerationMixin
 
 from .checkpoints import loading, saving
 from .config import PolyConfig
-from .model import PolyModel, tuner_of
+from .model import PASSED, PolyModel, tuner_of
 from .tasks.context import generation
 from .training.trainer import LESSONS
 
@@ -50,6 +51,7 @@ def register() -> None:
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
     _wrap(PeftModel, "create_or_update_model_card", _for_poly(saving.create_or_update_model_card))
     _wrap(PeftModel, "get_base_model", _asked_for_base)
+    _wrap(LoraFAOptimizer, "__init__", _without_poly)
     _teach_trainer()
 
 
@@ -76,6 +78,11 @@ def _routed(method: Callable) -> Callable:
         task_ids = kwargs.pop("task_ids", None)
         if position is not None and len(args) > position:
             task_ids, args = args[position], (*args[:position], None, *args[position + 1 :])
+        if tuner.ids_position is not None:
+            if task_ids is not None:
+                kwargs["task_ids" if position is None else PASSED] = task_ids
+            elif position is None and len(args) > tuner.ids_position:
+                task_ids = args[tuner.ids_position]
         with tuner.routed(args, kwargs, task_ids):
             return method(self, *args, **kwargs)
 
@@ -87,6 +94,23 @@ def _generating(method: Callable) -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with generation():
             return method(*args, **kwargs)
+
+    return wrapper
+
+
+def _without_poly(method: Callable) -> Callable:
+    """LoRA-FA derives the gradient of an update from pairs of matrices, which it finds by the order of names."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        groups = list(params)
+        named = [name for group in groups if isinstance(group, dict) for name in group.get("names", ())]
+        if any(f".{PolyModel.prefix}lora_A." in name for name in named):
+            raise ValueError(
+                "LoRA-FA is for plain LoRAs: it corrects the gradient of B by the one A beside it, and here skills are "
+                "mixed. Use `create_poly_optimizer`; to leave A as it is, freeze the `poly_lora_A` tensors."
+            )
+        method(self, groups, *args, **kwargs)
 
     return wrapper
 

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Union
 
+import torch
 from peft.config import PeftConfig
 from peft.peft_model import PeftModel
 
@@ -28,7 +29,7 @@ def load_adapter(original: Callable, model: PeftModel, *args: Any, **kwargs: Any
     if name in model.peft_config:
         hub_kwargs, _ = model._split_kwargs(call.arguments.get("kwargs", {}))
         check_task_names(source, model.peft_config[name], name, **hub_kwargs)
-    with onloaded(model, changed=True):
+    with torch.inference_mode(False), onloaded(model, changed=True):
         return original(*args, **kwargs)
 
 

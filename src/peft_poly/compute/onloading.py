@@ -110,9 +110,9 @@ def _holders(root: nn.Module) -> list[nn.Module]:
             found.update((id(module), module) for module in layer.modules_to_save.modules())  # type: ignore[union-attr]
     inside = set(found)
     for module in root.modules():
-        if any(hook.place_submodules for hook in _offload_hooks(module)):
-            if inside & {id(part) for part in module.modules()}:
-                found[id(module)] = module
+        whole = any(hook.place_submodules for hook in _offload_hooks(module))
+        if whole and inside & {id(part) for part in module.modules()}:
+            found[id(module)] = module
     return list(found.values())
 
 
