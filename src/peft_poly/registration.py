@@ -51,6 +51,7 @@ def register() -> None:
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
     _wrap(PeftModel, "create_or_update_model_card", _for_poly(saving.create_or_update_model_card))
     _wrap(PeftModel, "get_base_model", _asked_for_base)
+    _wrap(PeftModel, "add_adapter", _asked_for_base)
     _wrap(LoraFAOptimizer, "__init__", _without_poly)
     _teach_trainer()
 
@@ -116,13 +117,13 @@ def _without_poly(method: Callable) -> Callable:
 
 
 def _asked_for_base(method: Callable) -> Callable:
-    """A `Trainer` asks for the base model when it is made: if it was not there to be taught before, now it is."""
+    """A `Trainer` asks for the base model when it is made, TRL's for a reference before: now it can be taught."""
 
     @functools.wraps(method)
-    def wrapper(self: PeftModel) -> Any:
+    def wrapper(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and tuner_of(self) is not None and not _is_taught():
             _teach_trainer()
-        return method(self)
+        return method(self, *args, **kwargs)
 
     return wrapper
 
