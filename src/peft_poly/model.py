@@ -18,7 +18,7 @@ from torch import nn
 
 from .adapter.copies import copy_adapter
 from .adapter.sharing import router_group, shared_router_keys
-from .adapter.targets import check_architecture, check_target
+from .adapter.targets import check_architecture, check_target, warn_of_fused_experts
 from .compute.call_weights import CallWeights
 from .compute.gradients import let_gradients_pass, warn_of_rounding
 from .compute.kinds.serving import check_not_serving
@@ -104,6 +104,7 @@ class PolyModel(TaskVerbs, BaseTuner):
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
+            warn_of_fused_experts(model, self.peft_config[adapter_name].target_modules)
             with torch.inference_mode(False):  # whose tensors could never be trained
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if source is not None:

@@ -17,7 +17,7 @@ from peft_poly import PolyConfig
 from peft_poly.layer import Linear
 
 IDS = [0, 2, 1, 0, 2, 2]
-KINDS = {"poly": {}, "splits": {"n_splits": 2, "lora_alpha": 8.0}}
+KINDS = {"poly": {}, "splits": {"n_splits": 2, "lora_alpha": 8.0}, "gates": {"poly_type": "gates"}}
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
@@ -84,10 +84,8 @@ def test_jacobians_and_products_are_those_of_the_lora(kind, x):
         torch.testing.assert_close(jvp(ours, (x,), (direction,)), jvp(theirs, (x,), (direction,)))
         torch.testing.assert_close(vjp(ours, x)[1](ours(x)), vjp(theirs, x)[1](theirs(x)))
         torch.testing.assert_close(vmap(ours)(x[:, None]), vmap(theirs)(x[:, None]))
-        small = x[:2]
-        torch.testing.assert_close(
-            hessian(lambda z: ours(z).pow(2).sum())(small), hessian(lambda z: theirs(z).pow(2).sum())(small)
-        )
+        seconds = [hessian(lambda z, net_=net_: net_(z).pow(2).sum())(x[:2]) for net_ in (ours, theirs)]
+        torch.testing.assert_close(*seconds)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -266,7 +264,7 @@ def trains(model: nn.Module, **kwargs) -> None:
         lambda model, folder: model.export_lora("rte", folder / "lora"),
         lambda model, folder: model.routing_weights(),
     ],
-    ids=["merge", "safe merge", "add", "remove", "average", "load", "load beside", "add adapter", "call", "export", "look"],
+    ids=["merge", "safe merge", "add", "remove", "average", "load", "load beside", "adapter", "call", "export", "look"],
 )  # fmt: skip
 def test_what_is_done_in_inference_mode_can_be_trained_afterwards(work, tmp_path):
     model = adapt(CASES["llama"].make().bfloat16(), poly("llama", task_names=TASKS, n_tasks=None))

@@ -1,4 +1,4 @@
-"""TRL's preference and reinforcement trainers: several tasks in a batch, a reference that is right, or a true refusal."""
+"""TRL's preference and reinforcement trainers: tasks of rows, a reference that is right, or a true refusal."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def test_it_trains_several_tasks_and_starts_from_its_reference(name, start, tmp_
 def test_the_rows_of_a_pair_both_have_the_task_of_their_row():
     collate = DataCollatorWithTaskIds(DataCollatorForPreference(pad_token_id=0), TASKS)
     rows = [
-        {"prompt_ids": [5], "chosen_ids": [6 + task], "rejected_ids": [20 + task], "task": TASKS[task]} for task in (2, 0)
+        {"prompt_ids": [5], "chosen_ids": [6 + task], "rejected_ids": [20 + task], "task": TASKS[task]}
+        for task in (2, 0)
     ]
     batch = collate(rows)
     assert batch["input_ids"][:, 1].tolist() == [8, 6, 22, 20]
@@ -163,7 +164,9 @@ def test_those_that_generate_are_refused_for_several_tasks_before_the_first_step
     with pytest.raises(ValueError, match=rf"{name}Trainer cannot train several tasks at once.*set_task"):
         made.train()
     made.model.set_task("sst2")
-    with pytest.raises(ValueError, match=rf"{name}Trainer and `set_task` train the one task 'sst2', but row 0 .* 'rte'"):
+    with pytest.raises(
+        ValueError, match=rf"{name}Trainer and `set_task` train the one task 'sst2', but row 0 .* 'rte'"
+    ):
         made.train()
     assert not calls
 

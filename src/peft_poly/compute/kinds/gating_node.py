@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any, Optional, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ..products import FEW, grad_input, in_runs, to_add_to
+from ..products import FEW, grad_input, in_runs, low_rank_update, to_add_to
+from .second_derivatives import by_plain_operations, wants_a_graph
 
 __all__ = ["GatedUpdate", "add_gated"]
 
@@ -51,7 +51,7 @@ def add_gated(
 class GatedUpdate(torch.autograd.Function):
     """`y = base + ((x A) * s) B`, where `base` is given, or is `F.linear(x, weight, bias)` with a frozen weight.
 
-    Not twice differentiable: a second derivative raises.
+    Twice differentiable: where a gradient is to be differentiated again, it is that of plain operations.
     """
 
     @staticmethod
@@ -74,15 +74,21 @@ class GatedUpdate(torch.autograd.Function):
             y = to_add_to(cast(torch.Tensor, base), owned=False)
         gates = s if s.dtype == A.dtype else s.to(A.dtype)
         u = add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), gates, A[0, 0], B[0, 0])
-        ctx.save_for_backward(x, u, gates, A, B, weight)
+        ctx.save_for_backward(x, u, gates, A, B, weight, s)
         ctx.s_dtype = s.dtype
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         """Gradients of x, A, B and s; those that nobody asked for are not computed."""
-        x, u, s, A, B, weight = ctx.saved_tensors
+        x, u, s, A, B, weight, given = ctx.saved_tensors
+        if wants_a_graph():
+
+            def update() -> torch.Tensor:
+                pairs = given.to(A.dtype).unsqueeze(1) * A[0], B[0].expand(len(given), *B.shape[2:])
+                return low_rank_update(x.to(A.dtype), *pairs, 1.0)
+
+            return by_plain_operations(ctx, grad, update, x, weight, {4: A, 5: B, 6: given})
         needs = ctx.needs_input_grad
         grad_base = grad if needs[0] else None
         grad_y = grad if grad.dtype == B.dtype else grad.to(B.dtype)

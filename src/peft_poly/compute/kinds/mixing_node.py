@@ -16,9 +16,9 @@ from typing import Any, Optional, cast
 import torch
 
 from ...router import route
-from ...tasks.transforms import is_transformed
 from ..products import add_in_runs, grad_input, in_runs, low_rank_update, scaled_product, to_add_to
 from .mixing import mix_A, mix_B, worth_turning
+from .second_derivatives import by_plain_operations, wants_a_graph
 
 __all__ = ["PolyUpdate"]
 
@@ -65,9 +65,14 @@ class PolyUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         """Gradients of x, A, B and logits; those that nobody asked for are not computed."""
-        if torch.is_grad_enabled() or is_transformed():
-            return differentiable_gradients(ctx, grad)
-        x, u, w, p, A, B, weight, tasks, logits, _ = ctx.saved_tensors
+        x, u, w, p, A, B, weight, tasks, logits, noise = ctx.saved_tensors
+        if wants_a_graph():
+
+            def update() -> torch.Tensor:
+                w, _ = route(logits, tasks, noise, ctx.temperature, A.shape[0])
+                return low_rank_update(x.to(A.dtype), mix_A(w, A), mix_B(w, B), ctx.scale)
+
+            return by_plain_operations(ctx, grad, update, x, weight, {4: A, 5: B, 6: logits})
         (h, k, d, r), o, g = A.shape, B.shape[-1], len(tasks)
         needs_x, needs_A, needs_B, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 6))
         grad_base = grad if ctx.needs_input_grad[0] else None
@@ -98,23 +103,6 @@ class PolyUpdate(torch.autograd.Function):
             scatter = torch.ops.aten.embedding_dense_backward  # deterministic on a GPU too
             grad_logits = scatter(grad_z.reshape(g, h * k), tasks, logits.shape[0], -1, False).to(logits.dtype)
         return grad_base, grad_x, None, None, grad_A, grad_B, grad_logits, None, None, None, None
-
-
-def differentiable_gradients(ctx: Any, grad: torch.Tensor) -> Gradients:
-    """The same gradients, with a graph of their own."""
-    x, _, _, _, A, B, weight, tasks, logits, noise = ctx.saved_tensors
-    with torch.enable_grad():
-        w, _ = route(logits, tasks, noise, ctx.temperature, A.shape[0])
-        y = low_rank_update(x.to(A.dtype), mix_A(w, A), mix_B(w, B), ctx.scale).to(grad.dtype)
-        if weight is not None:
-            y = y + torch.nn.functional.linear(x, weight)
-    places = {1: x, 4: A, 5: B, 6: logits}
-    wanted = [place for place in places if ctx.needs_input_grad[place]]
-    gradients: list[Optional[torch.Tensor]] = [grad if ctx.needs_input_grad[0] else None, *[None] * 10]
-    found = torch.autograd.grad(y, [places[place] for place in wanted], grad, create_graph=True) if wanted else ()
-    for place, gradient in zip(wanted, found, strict=True):
-        gradients[place] = gradient
-    return tuple(gradients)
 
 
 def grad_route(grad_w: torch.Tensor, w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
