@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.peft_model import PeftModel
 from peft.utils import PeftType, register_peft_method
 from transformers import GenerationMixin
+from transformers.pipelines.base import Pipeline
 
 from .checkpoints import loading, saving
 from .config import PolyConfig
 from .model import PASSED, PolyModel, tuner_of
+from .tasks.choosing import task_contexts, use_task
 from .tasks.context import generation
 from .training.trainer import LESSONS
 
@@ -46,6 +48,7 @@ def register() -> None:
         _wrap(cls, "forward", _routed)
         _wrap(cls, "generate", _routed)
     _wrap(GenerationMixin, "generate", _generating)
+    _wrap(Pipeline, "__call__", _piped)
     _wrap(PeftModel, "load_adapter", _for_poly(loading.load_adapter))
     _wrap(PeftModel, "save_pretrained", _for_poly(saving.save_pretrained))
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
@@ -97,6 +100,36 @@ def _generating(method: Callable) -> Callable:
             return method(*args, **kwargs)
 
     return wrapper
+
+
+def _piped(method: Callable) -> Callable:
+    """A pipeline hands what it does not know to its tokenizer, which drops it."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(getattr(self, "model", None), torch.nn.Module) or not task_contexts(self.model):
+            return method(self, *args, **kwargs)
+        if "task_ids" in self._preprocess_params:  # given when the pipeline was made
+            self.task_ids = self._preprocess_params.pop("task_ids")
+        ids = kwargs.pop("task_ids", getattr(self, "task_ids", None))
+        if ids is None:
+            return method(self, *args, **kwargs)
+        with use_task(self.model, ids):
+            found = method(self, *args, **kwargs)
+        return found if isinstance(found, (list, dict)) else _one_by_one(self.model, ids, iter(found))
+
+    return wrapper
+
+
+def _one_by_one(model: torch.nn.Module, ids: Any, found: Iterator) -> Iterator:
+    """What a pipeline computes only when it is asked for it, each with its tasks."""
+    while True:
+        with use_task(model, ids):
+            try:
+                item = next(found)
+            except StopIteration:
+                return
+        yield item
 
 
 def _without_poly(method: Callable) -> Callable:
