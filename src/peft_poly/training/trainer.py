@@ -97,6 +97,22 @@ def _checking_checkpoint(method: Callable) -> Callable:
     return wrapper
 
 
+def _loading_best(method: Callable) -> Callable:
+    """A `Trainer` looks for the best adapter beside the checkpoint's other files, where only "default" lies."""
+    checking = _checking_checkpoint(method)
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = checking(self, *args, **kwargs)
+        tuner, folder = tuner_of(self.model), Path(self.state.best_model_checkpoint)
+        for name in () if tuner is None else tuner.task_context.poly_adapters():
+            if name != "default" and (folder / name).is_dir():
+                self.model.load_adapter(str(folder / name), name, is_trainable=True)
+        return found
+
+    return wrapper
+
+
 def _check_checkpoint(folder: Path, tuner: PolyModel) -> None:
     """Adapters of other names than `default` lie in folders of their names."""
     configs = {name: cast(PolyConfig, tuner.peft_config[name]) for name in tuner.task_context.poly_adapters()}
@@ -236,6 +252,6 @@ LESSONS: dict[str, Callable[[Callable], Callable]] = {
     "_get_collator_with_removed_columns": _keeping_columns,
     "evaluation_loop": _handing_ids,
     "_load_from_checkpoint": _checking_checkpoint,
-    "_load_best_model": _checking_checkpoint,
+    "_load_best_model": _loading_best,
     "_load_optimizer_and_scheduler": _checking_checkpoint,  # DeepSpeed loads without the first
 }
