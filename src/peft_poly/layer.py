@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .compute.base_layers import is_linear
 from .compute.kinds import KINDS
+from .compute.kinds.initialisation import draw_skills
 from .compute.kinds.kept import shortcut_of
 from .compute.kinds.serving import check_not_serving
-from .compute.kinds.initialisation import draw_skills
 from .compute.merging import merge, unmerge
 from .compute.onloading import at_hand, execution_device, is_elsewhere, is_offloaded
 from .compute.paths import choose_path

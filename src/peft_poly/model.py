@@ -104,7 +104,7 @@ class PolyModel(TaskVerbs, BaseTuner):
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
-            warn_of_fused_experts(model, self.peft_config[adapter_name].target_modules)
+            warn_of_fused_experts(model, cast(PolyConfig, self.peft_config[adapter_name]).target_modules)
             with torch.inference_mode(False):  # whose tensors could never be trained
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if source is not None:

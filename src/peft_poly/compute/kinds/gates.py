@@ -234,7 +234,7 @@ def gates_of_rows(
 def _looked_up(layer: Adapted, name: str, logits: torch.Tensor, tasks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     weights, gates = layer.task_context.weights, None
     if weights is not None:
-        gates = weights.of(router, name, tasks)
+        gates = weights.of(router_of(layer, name), name, tasks)
     if gates is None:
         gates = router_of(layer, name).weigh(torch.embedding(logits, tasks.to(x.device, non_blocking=True)))
     return gates[:, 0]
