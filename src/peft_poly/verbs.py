@@ -344,7 +344,13 @@ class TaskVerbs(_Tuner):
         return more
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
-        """Not to be had: a combination of adapters is no adapter of the same size, whose mix is a product of averages.
+        """Refused: a combination of adapters is no adapter of the same size, whose mix is a product of averages.
+
+        Args:
+            adapters: names of adapters, as in PEFT's LoRA.
+            weights: one for each.
+            adapter_name: of the combination.
+            kwargs: the same.
 
         Raises:
             ValueError: always; the message says what gives the exact sum.
