@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional, cast
@@ -12,11 +16,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
+from .adapter.copies import copy_adapter
 from .adapter.sharing import router_group, shared_router_keys
-from .adapter.targets import check_architecture, check_target
+from .adapter.targets import check_architecture, check_target, warn_of_fused_experts
 from .compute.call_routing import CallRouting
 from .compute.gradients import let_gradients_pass, warn_of_rounding
-from .compute.kinds.serving import check_not_serving
+from .compute.keeping.serving import check_not_serving
+from .compute.onloading import is_offloaded
 from .compute.states import keep_requires_grad
 from .config import PolyConfig
 from .layer import Linear, PolyLayer
@@ -27,9 +33,12 @@ from .tasks.calls import follow_calls, stop_following
 from .tasks.choosing import task_contexts
 from .tasks.context import TaskContext
 from .tasks.ids import TaskIds, rows_of_call
+from .tasks.transforms import is_transformed
 from .verbs import TaskVerbs
 
-__all__ = ["PolyModel", "tuner_of"]
+__all__ = ["PASSED", "PolyModel", "tuner_of"]
+
+PASSED = "_task_ids_of_base_model"  # PEFT's classes take `task_ids` out of a call, and hand on what they do not know
 
 
 class PolyModel(TaskVerbs, BaseTuner):
@@ -79,6 +88,9 @@ class PolyModel(TaskVerbs, BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection of an adapter's layers; one that fails leaves the model as it was.
 
+        Given the very config object of an adapter that is there, as TRL's trainers do for their reference, the new
+        adapter starts as a copy of that one.
+
         Args:
             model: the base model.
             adapter_name: name of the adapter, whose settings are in `peft_config`.
@@ -91,11 +103,16 @@ class PolyModel(TaskVerbs, BaseTuner):
                 `forward` its model never calls.
         """
         check_not_serving(self.task_context, "Adding an adapter")
+        source = self._source_of_copy(adapter_name)
         self._adapted: Optional[list[PolyLayer]] = None
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            warn_of_fused_experts(model, cast(PolyConfig, self.peft_config[adapter_name]).target_modules)
+            with torch.inference_mode(False):  # whose tensors could never be trained
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if source is not None:
+                    copy_adapter(model, source, adapter_name)
         except Exception:
             self._take_back(adapter_name)
             for parameter, flag in trainable.items():
@@ -103,6 +120,19 @@ class PolyModel(TaskVerbs, BaseTuner):
             raise
         finally:
             del self._routers
+
+    def _source_of_copy(self, adapter_name: str) -> Optional[str]:
+        """The adapter whose own config object the new one was given; the new one then gets a config of its own."""
+        config = self.peft_config[adapter_name]
+        for name, other in self.peft_config.items():
+            if other is config and name != adapter_name:
+                self.peft_config[adapter_name] = copy.deepcopy(config)
+                warnings.warn(
+                    f"Adapter {adapter_name!r} starts as a copy of {name!r}, since it was given that adapter's own "
+                    "config. For a new one, pass a config of its own."
+                )
+                return name
+        return None
 
     def _take_back(self, adapter_name: str) -> None:
         """Remove what a failed injection had put in, so that the model is as it was before."""
@@ -167,12 +197,13 @@ class PolyModel(TaskVerbs, BaseTuner):
             for layer in self.modules():
                 if isinstance(layer, PolyLayer):
                     stack.enter_context(keep_requires_grad(layer, adapter_name))
+            stack.enter_context(torch.inference_mode(False))
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, PolyLayer):
+        if isinstance(new_module, PolyLayer) and not is_offloaded(child):  # whose weight is not where it is used
             super()._replace_module(parent, child_name, new_module, child)
-        else:  # back to the base layer; PEFT would set its `weight` anew, and some quantised layers have none
+        else:  # or back to the base layer; PEFT would set its `weight` anew, and some quantised layers have none
             setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,12 +254,17 @@ class PolyModel(TaskVerbs, BaseTuner):
             kwargs: arguments of the base model.
 
         Returns:
-            What the base model returns.
+            What the base model returns. One whose own `forward` takes `task_ids` gets what was passed.
 
         Raises:
             ValueError: as `PolyModel.routed`.
         """
+        passed = kwargs.pop(PASSED, task_ids)
+        if task_ids is None and self.ids_position is not None and len(args) > self.ids_position:
+            task_ids = args[self.ids_position]
         with self.routed(args, kwargs, task_ids):
+            if passed is not None and self.ids_position is not None:
+                kwargs["task_ids"] = passed
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
@@ -246,7 +282,15 @@ class PolyModel(TaskVerbs, BaseTuner):
             ValueError: as `PolyModel.routed`.
         """
         with self.routed_generate(args, kwargs, task_ids):
+            if task_ids is not None and self.ids_position is not None:
+                kwargs["task_ids"] = task_ids
             return self.model.generate(*args, **kwargs)
+
+    @functools.cached_property
+    def ids_position(self) -> Optional[int]:
+        """Where the base model's own `forward` takes `task_ids`; None if it does not."""
+        names = list(inspect.signature(type(self.model).forward).parameters)
+        return names.index("task_ids") - 1 if "task_ids" in names else None
 
     @contextmanager
     def routed_generate(
@@ -287,7 +331,8 @@ class PolyModel(TaskVerbs, BaseTuner):
         n_rows = rows_of_call(args, kwargs)[0]
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
         routing = self.task_context.routing if task_ids is None else None  # of the door outside of this one
-        if routing is None and not torch.compiler.is_compiling() and kept_in_generation() is None:
+        watched = torch.compiler.is_compiling() or is_transformed()
+        if routing is None and not watched and kept_in_generation() is None:
             routing = CallRouting(cast(list[Linear], self._layers()), active, batch, n_rows)
         with self.task_context.use(batch, routing):
             yield

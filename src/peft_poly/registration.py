@@ -13,22 +13,24 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.peft_model import PeftModel
 from peft.utils import PeftType, register_peft_method
 from torch.utils import checkpoint
 from transformers import GenerationMixin
+from transformers.pipelines.base import Pipeline
 
 from .checkpoints import loading, saving
 from .config import PolyConfig
-from .model import PolyModel, tuner_of
+from .model import PASSED, PolyModel, tuner_of
 from .tasks.batch import current_generation, generation, how_rows_repeat, rows_left_message
-from .tasks.choosing import check_one_task_is_set, task_contexts
+from .tasks.choosing import check_one_task_is_set, task_contexts, use_task
 from .tasks.ids import rows_of_call
 from .tasks.recomputing import binding_first_argument, binding_second_argument
 from .training.trainer import LESSONS
@@ -53,11 +55,14 @@ def register() -> None:
         _wrap(cls, "init_continuous_batching", _in_its_own_thread)
     _wrap(checkpoint, "_checkpoint_without_reentrant_generator", binding_first_argument)
     _wrap(checkpoint.CheckpointFunction, "forward", binding_second_argument)
+    _wrap(Pipeline, "__call__", _piped)
     _wrap(PeftModel, "load_adapter", _for_poly(loading.load_adapter))
     _wrap(PeftModel, "save_pretrained", _for_poly(saving.save_pretrained))
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
     _wrap(PeftModel, "create_or_update_model_card", _for_poly(saving.create_or_update_model_card))
     _wrap(PeftModel, "get_base_model", _asked_for_base)
+    _wrap(PeftModel, "add_adapter", _asked_for_base)
+    _wrap(LoraFAOptimizer, "__init__", _without_poly)
     _teach_trainer()
 
 
@@ -84,6 +89,11 @@ def _routed(method: Callable, door: str = "routed") -> Callable:
         task_ids = kwargs.pop("task_ids", None)
         if position is not None and len(args) > position:
             task_ids, args = args[position], (*args[:position], None, *args[position + 1 :])
+        if tuner.ids_position is not None:
+            if task_ids is not None:
+                kwargs["task_ids" if position is None else PASSED] = task_ids
+            elif position is None and len(args) > tuner.ids_position:
+                task_ids = args[tuner.ids_position]
         with getattr(tuner, door)(args, kwargs, task_ids):
             return method(self, *args, **kwargs)
 
@@ -126,14 +136,61 @@ def _in_its_own_thread(method: Callable) -> Callable:
     return wrapper
 
 
-def _asked_for_base(method: Callable) -> Callable:
-    """A `Trainer` asks for the base model when it is made: if it was not there to be taught before, now it is."""
+def _piped(method: Callable) -> Callable:
+    """A pipeline hands what it does not know to its tokenizer, which drops it."""
 
     @functools.wraps(method)
-    def wrapper(self: PeftModel) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(getattr(self, "model", None), torch.nn.Module) or not task_contexts(self.model):
+            return method(self, *args, **kwargs)
+        if "task_ids" in self._preprocess_params:  # given when the pipeline was made
+            self.task_ids = self._preprocess_params.pop("task_ids")
+        ids = kwargs.pop("task_ids", getattr(self, "task_ids", None))
+        if ids is None:
+            return method(self, *args, **kwargs)
+        with use_task(self.model, ids):
+            found = method(self, *args, **kwargs)
+        return found if isinstance(found, (list, dict)) else _one_by_one(self.model, ids, iter(found))
+
+    return wrapper
+
+
+def _one_by_one(model: torch.nn.Module, ids: Any, found: Iterator) -> Iterator:
+    """What a pipeline computes only when it is asked for it, each with its tasks."""
+    while True:
+        with use_task(model, ids):
+            try:
+                item = next(found)
+            except StopIteration:
+                return
+        yield item
+
+
+def _without_poly(method: Callable) -> Callable:
+    """LoRA-FA derives the gradient of an update from pairs of matrices, which it finds by the order of names."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        groups = list(params)
+        named = [name for group in groups if isinstance(group, dict) for name in group.get("names", ())]
+        if any(f".{PolyModel.prefix}lora_A." in name for name in named):
+            raise ValueError(
+                "LoRA-FA is for plain LoRAs: it corrects the gradient of B by the one A beside it, and here skills are "
+                "mixed. Use `create_poly_optimizer`; to leave A as it is, freeze the `poly_lora_A` tensors."
+            )
+        method(self, groups, *args, **kwargs)
+
+    return wrapper
+
+
+def _asked_for_base(method: Callable) -> Callable:
+    """A `Trainer` asks for the base model when it is made, TRL's for a reference before: now it can be taught."""
+
+    @functools.wraps(method)
+    def wrapper(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and tuner_of(self) is not None and not _is_taught():
             _teach_trainer()
-        return method(self)
+        return method(self, *args, **kwargs)
 
     return wrapper
 

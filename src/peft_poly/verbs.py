@@ -14,8 +14,9 @@ from torch import nn
 from .adapter import adaptation, growth
 from .checkpoints.export import export_lora
 from .checkpoints.sharding import check_whole
-from .compute.kinds.serving import Serving, check_not_serving, serving
+from .compute.keeping.serving import Serving, check_not_serving, serving
 from .compute.merging import merged_weight
+from .compute.onloading import onloaded
 from .compute.states import evaluating
 from .config import PolyConfig
 from .layer import Linear
@@ -124,8 +125,8 @@ class TaskVerbs(_Tuner):
         weights = {}
         for key, layer in self._whole_layers(adapter_name, "be looked at").items():
             router = cast(Router, layer.poly_router[self._poly_name(adapter_name)])
-            with evaluating(router):
-                weights[key] = router(torch.arange(router.n_tasks, device=router.module_logits.device)).detach()
+            with evaluating(router), onloaded(self.model):
+                weights[key] = router(torch.arange(router.n_tasks)).detach()
         return weights
 
     # ---------------------------------------------------------------------------------------------- grow and shrink
@@ -151,7 +152,9 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`add_tasks`")
         name = self._poly_name(adapter_name)
-        return growth.add_tasks(self._poly_config(name), name, self._whole_layers(name, "grow").values(), names, init)
+        layers = self._whole_layers(name, "grow").values()
+        with onloaded(self.model, changed=True):
+            return growth.add_tasks(self._poly_config(name), name, layers, names, init)
 
     def remove_tasks(self, tasks: Union[Task, Sequence[Task]], adapter_name: Optional[str] = None) -> None:
         """Delete tasks. The ids of the tasks behind them move up; names keep their meaning.
@@ -167,7 +170,9 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`remove_tasks`")
         name = self._poly_name(adapter_name)
-        growth.remove_tasks(self._poly_config(name), name, self._whole_layers(name, "shrink").values(), tasks)
+        layers = self._whole_layers(name, "shrink").values()
+        with onloaded(self.model, changed=True):
+            growth.remove_tasks(self._poly_config(name), name, layers, tasks)
 
     def rename_task(self, old: Task, new: str, adapter_name: Optional[str] = None) -> None:
         """Give a task another name; its id and what it computes stay.
@@ -216,7 +221,9 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`average_skills`")
         name = self._poly_name(adapter_name)
-        adaptation.average_skills(self._poly_config(name), self._whole_layers(name, "be averaged").values(), name)
+        layers = self._whole_layers(name, "be averaged").values()
+        with onloaded(self.model, changed=True):
+            adaptation.average_skills(self._poly_config(name), layers, name)
 
     # ------------------------------------------------------------------------------------------- merge and export
     def merge_adapter(
@@ -228,20 +235,17 @@ class TaskVerbs(_Tuner):
         """Add what one task contributes to the base weights, which then run at the base model's speed.
 
         Args:
-            adapter_names: adapters to merge. Default: the active ones.
+            adapter_names: adapters to merge; those that are merged stay so. Default: the active ones of each layer.
             safe_merge: check for NaN and infinity; if there are any, nothing is merged.
             task: the task, by name or id, or `{adapter: task}`. Default: the set one, or the only one.
 
         Raises:
-            ValueError: no task was chosen; an adapter is merged already; a weight would not be finite.
+            ValueError: no task was chosen; another task is merged already; a weight would not be finite.
         """
         check_not_serving(self.task_context, "`merge_adapter`")
-        names = self.active_adapters if adapter_names is None else adapter_names
         with self.task_context.choosing(task):
-            for name in names:
-                self._check_can_merge(name)
-            self._check_merged_weights(names, safe_merge)
-            super().merge_adapter(adapter_names=names)
+            self._check_can_merge(adapter_names, task, safe_merge)
+            super().merge_adapter(adapter_names=adapter_names)
 
     def merge_and_unload(
         self,
@@ -255,7 +259,7 @@ class TaskVerbs(_Tuner):
         Args:
             progressbar: show one.
             safe_merge: check for NaN and infinity; if there are any, nothing is merged.
-            adapter_names: adapters to merge. Default: the active ones.
+            adapter_names: adapters to merge; those that are merged stay so. Default: the active ones of each layer.
             task: the task, by name or id, or `{adapter: task}`. Default: the set one, or the only one.
 
         Returns:
@@ -265,18 +269,10 @@ class TaskVerbs(_Tuner):
             ValueError: as `merge_adapter`; or another task is merged already.
         """
         check_not_serving(self.task_context, "`merge_and_unload`")
-        names = self.active_adapters if adapter_names is None else adapter_names
         with self.task_context.choosing(task):
-            for name in names:
-                merged = self.task_context.merged.get(name)
-                if merged is None:
-                    self._check_can_merge(name)
-                elif task is not None and self.task_context.one_task(name) != merged:
-                    raise ValueError(self._merged_message(name))
-            names = [name for name in names if name not in self.task_context.merged]
-            self._check_merged_weights(names, safe_merge)
+            more = self._check_can_merge(adapter_names, task, safe_merge)
             unload: Any = self._unload_and_optionally_merge  # typed as returning None
-            return unload(merge=bool(names), progressbar=progressbar, adapter_names=names)
+            return unload(merge=more, progressbar=progressbar, adapter_names=adapter_names)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` can be used: once the task is known, by `set_task` or as the only one."""
@@ -323,19 +319,48 @@ class TaskVerbs(_Tuner):
         check_whole(self.model, [self._poly_name(adapter_name)], to)
         return self._poly_layers(adapter_name)
 
-    def _check_can_merge(self, name: str) -> None:
-        check_whole(self.model, [self._poly_name(name)], "be merged")
-        if name in self.task_context.merged:
-            raise ValueError(self._merged_message(name))
-        self.task_context.one_task(name)
-
-    def _check_merged_weights(self, names: list[str], finite: bool) -> None:
-        """Raise what a merge would, for every layer, before any of them changes."""
-        tasks = {name: self.task_context.one_task(name) for name in names}
-        for layer in self._poly_layers(*names).values():
-            if finite or layer.quantization_backend is not None:
+    def _check_can_merge(self, adapter_names: Optional[list[str]], task: Any, finite: bool) -> bool:
+        """Raise what a merge would, for every layer, before any of them changes; whether there is more to merge."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        names = dict.fromkeys(adapter_names or (name for layer in layers for name in layer.active_adapters))
+        tasks: dict[str, int] = {}
+        for name in names:
+            merged = self.task_context.merged.get(self._poly_name(name))
+            if merged is None or task is not None or self.task_context.default is not None:
+                tasks[name] = self.task_context.one_task(name)
+            if merged is not None and tasks.get(name, merged) != merged:
+                raise ValueError(self._merged_message(name))
+        check_whole(self.model, names, "be merged")
+        more = False
+        for layer in layers:
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            new = [name for name in wanted if name in layer.poly_lora_A and name not in layer.merged_adapters]
+            more = more or bool(new)
+            if new and (finite or layer.quantization_backend is not None):
                 with onload_layer(layer):
-                    merged_weight(layer, {name: tasks[name] for name in names if name in layer.poly_lora_A}, finite)
+                    merged_weight(layer, {name: tasks[name] for name in new}, finite)
+        return more
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+        """Refused: a combination of adapters is no adapter of the same size, whose mix is a product of averages.
+
+        Args:
+            adapters: names of adapters, as in PEFT's LoRA.
+            weights: one for each.
+            adapter_name: of the combination.
+            kwargs: the same.
+
+        Raises:
+            ValueError: always; the message says what gives the exact sum.
+        """
+        raise ValueError(
+            f"Adapters that route tasks are not combined into one ({adapters} into {adapter_name!r}): the sum of their "
+            "updates is no adapter of the same rank. For the exact sum activate them together with "
+            "`model.base_model.set_adapter([...])`, each at its own `set_scale`, or merge them with `merge_adapter("
+            "adapter_names=[...], task=...)`; for arithmetic on one task, `export_lora` each and combine the LoRAs."
+        )
 
     def _merged_message(self, name: str) -> str:
         task, names = self.task_context.merged[name], self._poly_config(name).task_names

@@ -53,7 +53,7 @@ def test_they_are_the_routers_own(dtype, granularity, n_tasks):
     weights = CallWeights(layers_of(model))
     with torch.no_grad():
         for layer in layers_of(model):
-            w = weights.of(logits_of(layer), "default", tasks)
+            w = weights.of(layer.poly_router["default"], "default", tasks)
             torch.testing.assert_close(w, layer.poly_router["default"](tasks))
 
 
@@ -96,12 +96,12 @@ def test_a_change_within_a_call_is_seen_too(how):
     layer = layers_of(make_model())[0]
     tasks, weights = torch.tensor([0, 2]), CallWeights([layer])
     with torch.no_grad():
-        assert weights.of(logits_of(layer), "default", tasks) is not None
+        assert weights.of(layer.poly_router["default"], "default", tasks) is not None
         if how == "write":
             logits_of(layer).mul_(2)
         else:
             logits_of(layer).data = logits_of(layer).data * 2
-        assert weights.of(logits_of(layer), "default", tasks) is None
+        assert weights.of(layer.poly_router["default"], "default", tasks) is None
 
 
 def test_routers_that_are_not_at_hand_are_left_to_their_layers():
@@ -113,16 +113,16 @@ def test_routers_that_are_not_at_hand_are_left_to_their_layers():
     tasks, weights = torch.tensor([0, 2]), CallWeights(layers[:4])
     with torch.no_grad():
         for layer in (away, freed, other):
-            assert weights.of(logits_of(layer), "default", tasks) is None
-        assert weights.of(logits_of(plain), "default", tasks) is not None
-        assert weights.of(logits_of(layers[4]), "default", tasks) is None  # not one of the model's
+            assert weights.of(layer.poly_router["default"], "default", tasks) is None
+        assert weights.of(plain.poly_router["default"], "default", tasks) is not None
+        assert weights.of(layers[4].poly_router["default"], "default", tasks) is None  # not one of the model's
 
 
 def test_no_more_kinds_are_held_than_a_call_can_have():
     layer = layers_of(make_model())[0]
     weights, kinds = CallWeights([layer]), [torch.tensor([i % 3]) for i in range(KINDS + 1)]
     with torch.no_grad():
-        found = [weights.of(logits_of(layer), "default", tasks) for tasks in kinds]
+        found = [weights.of(layer.poly_router["default"], "default", tasks) for tasks in kinds]
     assert [w is None for w in found] == [False] * KINDS + [True]
 
 

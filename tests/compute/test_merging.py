@@ -239,12 +239,21 @@ def test_an_adapter_that_does_not_exist_is_refused():
 
 
 # ------------------------------------------------------------------------------------------ what a merged model refuses
-@pytest.mark.parametrize("task", ["rte", "boolq"])
-def test_merging_twice_is_refused(task):
+def test_merging_another_task_over_a_merged_one_is_refused():
     model = adapted()
     model.merge_adapter(task="rte")
     before = weights(model)
     with pytest.raises(ValueError, match=r"'default' is merged already, with task 'rte'\. Call `unmerge_adapter\(\)`"):
+        model.merge_adapter(task="boolq")
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("task", ["rte", None])
+def test_merging_the_same_task_again_warns_and_changes_nothing(task):
+    model = adapted()
+    model.merge_adapter(task="rte")
+    before = weights(model)
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
         model.merge_adapter(task=task)
     assert_same(model, before)
 

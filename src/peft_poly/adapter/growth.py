@@ -9,6 +9,7 @@ from typing import Union, cast
 import torch
 from torch import nn
 
+from ..compute.states import lasting
 from ..config import PolyConfig, check_task_names
 from ..layer import PolyLayer
 from ..router import Router
@@ -148,7 +149,8 @@ def _replace_rows(
     routers = {id(layer.poly_router[adapter_name]): layer.poly_router[adapter_name] for layer in layers}
     for router in cast(Iterable[Router], routers.values()):
         old = router.module_logits
-        router.module_logits = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
+        with lasting():
+            router.module_logits = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
     for layer in layers:
         layer.n_tasks[adapter_name] = n_tasks
     config.n_tasks = n_tasks

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..adapter.sharing import router_group
 from ..compute.kinds import KINDS, Kind
+from ..compute.onloading import onloaded
 from ..config import PolyConfig
 from ..layer import PolyLayer
 from ..router import Router
@@ -148,7 +149,8 @@ def _routing_of_model(model: nn.Module, adapter_name: Optional[str]) -> Routing:
             seen.add(id(router))
             config = layer.task_context.configs[name]
             label = _label(config.router_granularity, key.removeprefix("base_model.model."))
-            found[label] = router.module_logits.detach().float().cpu()
+            with onloaded(model):
+                found[label] = router.module_logits.detach().float().cpu()
     return _routing(cast(PeftConfig, config), found)
 
 

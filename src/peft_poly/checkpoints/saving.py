@@ -18,6 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
 
 from ..compute.kinds import KINDS
+from ..compute.onloading import onloaded
 from ..config import PolyConfig
 from .sharding import check_given, check_whole
 
@@ -56,7 +57,8 @@ def save_pretrained(original: Callable, model: PeftModel, save_directory: str, *
     try:
         if (target / CARD).exists():
             shutil.copy(target / CARD, staging / CARD)
-        original(str(staging), *args, **kwargs)
+        with onloaded(model):
+            original(str(staging), *args, **kwargs)
         _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

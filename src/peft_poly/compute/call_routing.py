@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..tasks.batch import TaskBatch
 from .adapted import Adapted
 from .base_layers import PLAIN_TENSORS
+from .kinds.second_derivatives import wants_a_graph
+from .onloading import is_offloaded, onloaded
 from .parts import FIRST_TASK
 
 __all__ = ["CallRouting", "CallWeights", "Share"]
@@ -30,19 +31,19 @@ SMALL = 4096  # up to so many numbers, it is cheaper to stack a router whole tha
 
 
 class CallWeights:
-    """Eval-mode mixing weights for one call at the model's door; it goes with the call.
+    """Eval-mode weights for one call at the model's door; it goes with the call.
 
     Args:
-        layers: the model's adapted layers. One that is missing, or whose router is elsewhere now (sharded, offloaded,
-            on another device), works its weights out itself.
+        layers: the model's adapted layers. One that is missing, or whose router is elsewhere now (sharded, on another
+            device), works its weights out itself; the router of one that is offloaded is loaded for it.
     """
 
     def __init__(self, layers: Sequence[Adapted]) -> None:
         self.layers = layers
         self._known: dict[tuple[str, int], tuple[torch.Tensor, dict[int, tuple[Any, ...]]]] = {}
 
-    def of(self, logits: torch.Tensor, name: str, tasks: torch.Tensor) -> Optional[torch.Tensor]:
-        """The weights `(g, h, k)`, at least float32, of the router with these logits for tasks `(g,)`; None if unknown.
+    def of(self, router: Any, name: str, tasks: torch.Tensor) -> Optional[torch.Tensor]:
+        """The weights `(g, h, k)`, at least float32, of a router for tasks `(g,)`; None if unknown.
 
         Without noise, and without autograd.
         """
@@ -52,32 +53,39 @@ class CallWeights:
             if len(self._known) == KINDS:
                 return None
             entry = self._known[key] = (tasks, self._work_out(name, tasks))  # holds the tasks: their id stays theirs
-        routed = entry[1].get(id(logits))
-        if routed is None or (logits.data_ptr(), logits._version) != routed[1]:  # changed within the call
+        routed = entry[1].get(id(router))
+        if routed is None or (routed[0] is not None and routed[0] != _state(router.module_logits)):  # changed meanwhile
             return None
         w: torch.Tensor = routed[2]
         return w
 
     def _work_out(self, name: str, tasks: torch.Tensor) -> dict[int, tuple[Any, ...]]:
-        """By id of the logits: the logits, so that their id stays theirs; what tells a change; the weights."""
-        device, found = tasks.device, {}
+        """By id of the router: what tells a change of its logits, None if each use loads them; them; the weights."""
+        found: dict[int, tuple[Any, torch.Tensor]] = {}
         layer: Any
         for layer in self.layers:
             router = layer._modules["poly_router"]._modules.get(name)
-            logits = None if router is None else router._parameters.get("module_logits")
-            if logits is not None and _is_here(logits, device):
-                found[id(logits)], route = logits, router.route
-        routers = list(found.values())
+            if router is None or id(router) in found:
+                continue
+            logits = router._parameters.get("module_logits")
+            away = is_offloaded(router)
+            if away:
+                with onloaded(router):
+                    logits = router.module_logits
+            if logits is not None and _is_here(logits, tasks.device):
+                found[id(router)], route = (None if away else _state(logits), logits), router.route
+        routers = [logits for _, logits in found.values()]
         if not routers or any(
             logits.dtype != routers[0].dtype or logits.shape != routers[0].shape for logits in routers
         ):
             return {}
-        z = _looked_up(routers, tasks)
-        w, _ = route(z, None)
-        return {
-            id(logits): (logits, (logits.data_ptr(), logits._version), of_router)
-            for logits, of_router in zip(routers, w.unbind(), strict=True)
-        }
+        w, _ = route(_looked_up(routers, tasks), None)
+        return {key: (*found[key], of_router) for key, of_router in zip(found, w.unbind(), strict=True)}
+
+
+def _state(logits: torch.Tensor) -> tuple[int, int, int]:
+    """Differs from what it was when they are replaced, moved, cast or written to."""
+    return id(logits), logits.data_ptr(), logits._version
 
 
 @dataclass(frozen=True)
@@ -89,14 +97,14 @@ class Routing:
         tasks: LongTensor `(g,)`.
         w: weights `(L, g, h, k)`, without gradients.
         p: what the gradient needs beside them, `(L, g, h, k)` or None.
-        noisy: noise was added.
+        noise: that was added, `(L, g, h, k)` or None.
     """
 
     router: Any
     tasks: torch.Tensor
     w: torch.Tensor
     p: Optional[torch.Tensor]
-    noisy: bool
+    noise: Optional[torch.Tensor]
 
 
 class Share:
@@ -105,21 +113,20 @@ class Share:
     Attributes:
         tasks: LongTensor `(g,)`.
         w: weights `(g, h, k)`, through which gradients go to the routers of the call.
-        noisy: noise was added.
         without_gradient: the layer has computed without gradients, in a call that has some: it is checkpointed with
             reentrancy, and its recomputation has a backward of its own, which must not go through `w`.
     """
 
-    __slots__ = ("_logits", "_place", "_routing", "_version", "noisy", "tasks", "w", "without_gradient")
+    __slots__ = ("_logits", "_place", "_routing", "_version", "tasks", "w", "without_gradient")
 
     def __init__(self, routing: Routing, place: int, w: torch.Tensor, logits: torch.Tensor, router: Any) -> None:
         self._routing, self._place, self.w, self._logits = routing, place, w, logits
-        self._version = (logits.data_ptr(), logits._version)
-        self.tasks, self.noisy, self.without_gradient = routing.tasks, routing.noisy, False
+        self._version = _state(logits)
+        self.tasks, self.without_gradient = routing.tasks, False
 
     def is_of(self, logits: torch.Tensor) -> bool:
         """Whether the logits are those that were routed by, and as they were."""
-        return logits is self._logits and (logits.data_ptr(), logits._version) == self._version
+        return logits is self._logits and _state(logits) == self._version
 
     @property
     def stored(self) -> torch.Tensor:
@@ -130,6 +137,11 @@ class Share:
     def p(self) -> Optional[torch.Tensor]:
         """What the gradient needs beside them, `(g, h, k)` or None."""
         return None if self._routing.p is None else self._routing.p[self._place]
+
+    @property
+    def noise(self) -> Optional[torch.Tensor]:
+        """The noise that was added, `(g, h, k)` or None."""
+        return None if self._routing.noise is None else self._routing.noise[self._place]
 
 
 class CallRouting:
@@ -185,11 +197,13 @@ class CallRouting:
             if logits is not None and (device is None or device == logits.device) and _is_here(logits, logits.device):
                 device = logits.device
                 routed.append((layer, router, logits))
-        if len(routed) < 2 or not _alike(routed):
+        if device is None or len(routed) < 2 or not _alike(routed):
             return
         router = routed[0][1]
         if not (router.samples or torch.is_grad_enabled()):
             return  # `weights` has them, of those tasks alone that layers ask for
+        if torch.is_autocast_enabled(device.type):
+            return  # where layers compute in plain operations
         if router.samples:
             if n_rows is None or len(ids) not in (1, n_rows):
                 return
@@ -202,7 +216,7 @@ class CallRouting:
             noise = router.noise_like(z)
             w, p = router.route(z, noise)
         self._ids[name] = ids
-        self._hand_out(routed, name, Routing(router, tasks, w, p, noise is not None))
+        self._hand_out(routed, name, Routing(router, tasks, w, p, noise))
 
     def _hand_out(self, routed: list[Any], name: str, routing: Routing) -> None:
         all_logits = [logits for _, _, logits in routed]
@@ -216,23 +230,23 @@ class CallRouting:
 class Routed(torch.autograd.Function):
     """Weights of all layers, each a result of its own; a layer that was not called leaves its router without gradient.
 
-    Not twice differentiable: a second derivative raises.
+    Twice differentiable: where a gradient is to be differentiated again, it is that of plain operations.
     """
 
     @staticmethod
     def forward(ctx: Any, routing: Routing, *logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """L times `(t, columns)`, the last layer first; returns L times `(g, h, k)`, in the same order."""
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(routing.w, routing.p, routing.tasks)
-        ctx.router, ctx.noisy = routing.router, routing.noisy
-        ctx.shape, ctx.dtype = logits[0].shape, logits[0].dtype
+        ctx.save_for_backward(routing.w, routing.p, routing.tasks, routing.noise, *logits)
+        ctx.router = routing.router
         return routing.w.unbind()[::-1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Optional[torch.Tensor]) -> tuple[Any, ...]:
         """Gradients of the logits."""
-        w, p, tasks = ctx.saved_tensors
+        w, p, tasks, noise, *all_logits = ctx.saved_tensors
+        if wants_a_graph():
+            return (None, *_plainly(ctx.router, tasks, noise, all_logits[::-1], grads[::-1])[::-1])
         grads, wanted = grads[::-1], [None] * len(grads)
         called = [layer for layer, grad in enumerate(grads) if grad is not None]
         if len(called) < len(grads):
@@ -240,11 +254,31 @@ class Routed(torch.autograd.Function):
             w, p = (None if part is None else part.index_select(0, index) for part in (w, p))
         if called:
             grad_w = torch.stack([grads[layer].to(w.dtype) for layer in called])  # type: ignore[union-attr]
-            grad_z = ctx.router.grad_route(grad_w, w, p, ctx.noisy).flatten(2)
-            summed = grad_z.new_zeros(len(called), *ctx.shape).index_add_(1, tasks, grad_z).to(ctx.dtype)
+            grad_z = ctx.router.grad_route(grad_w, w, p, noise is not None).flatten(2)
+            summed = grad_z.new_zeros(len(called), *all_logits[0].shape).index_add_(1, tasks, grad_z)
+            summed = summed.to(all_logits[0].dtype)
             for layer, grad in zip(called, summed.unbind(), strict=True):
                 wanted[layer] = grad
         return (None, *wanted[::-1])
+
+
+def _plainly(
+    router: Any,
+    tasks: torch.Tensor,
+    noise: Optional[torch.Tensor],
+    logits: Sequence[torch.Tensor],
+    grads: Sequence[Optional[torch.Tensor]],
+) -> list[Optional[torch.Tensor]]:
+    """The gradients of the logits of all layers, with a graph of their own."""
+    found: list[Optional[torch.Tensor]] = []
+    for layer, (of_layer, grad) in enumerate(zip(logits, grads, strict=True)):
+        if grad is None or not of_layer.requires_grad:
+            found.append(None)
+            continue
+        with torch.enable_grad():
+            w, _ = router.route(torch.embedding(of_layer, tasks), None if noise is None else noise[layer])
+        found.extend(torch.autograd.grad(w, [of_layer], grad, create_graph=True))
+    return found
 
 
 def _alike(routed: list[Any]) -> bool:
@@ -269,6 +303,7 @@ def _is_here(logits: torch.Tensor, device: torch.device) -> bool:
     """Whether these are on `device` now: what shards or offloads parameters brings them layer by layer."""
     return (
         type(logits) in PLAIN_TENSORS
+        and not logits.is_meta
         and logits.device == device
         and logits.untyped_storage().nbytes() > 0
         and not logits.is_inference()

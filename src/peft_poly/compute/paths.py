@@ -16,19 +16,20 @@ from typing import Any, Optional
 import torch
 
 from ..tasks.batch import TaskBatch
+from ..tasks.transforms import is_transformed
 from .adapted import Adapted
 from .base_layers import PLAIN_TENSORS, base_output, frozen_product
 from .kinds import KINDS
 from .parts import dropped, ids_of_rows, row_tasks
 
-__all__ = ["choose_path"]
+__all__ = ["Path", "choose_path"]
 
 Path = Callable[[Adapted, torch.Tensor, list[str], Optional[TaskBatch], int, tuple, dict[str, Any]], torch.Tensor]
 
 
 def choose_path(layer: Adapted, x: torch.Tensor, active: list[str]) -> Path:
     """The way to compute `layer(x)` with the adapters in `active`."""
-    if torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS:
+    if torch.compiler.is_compiling() or is_transformed() or type(x) not in PLAIN_TENSORS:
         return plain
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which refuses the meta device
         return plain

@@ -9,6 +9,7 @@ from typing import Any, Optional, Union
 import torch
 
 from ..config import PolyConfig
+from .transforms import is_symbolic
 
 __all__ = [
     "ROW_ARGUMENTS",
@@ -81,6 +82,8 @@ def resolve_tasks(
             f"task_ids has {ids.shape[0]} entries but the batch has {n_rows} rows. Pass one id per row, or one id or "
             "name for all rows."
         )
+    if is_symbolic(ids):  # torch.func has many at once, a trace has no numbers; the look-up in the router checks them
+        return ids, one_for_all
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
         torch._assert_async(
             ((ids >= 0) & (ids < config.n_tasks)).all(), f"task ids must lie in [0, {config.n_tasks - 1}]"

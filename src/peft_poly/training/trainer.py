@@ -8,6 +8,7 @@ replicas on other devices and the checks of `generate` would all meet.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,10 @@ from .metrics import PerTaskMetrics
 
 __all__ = ["LESSONS"]
 
+# Trainers of TRL: those that compare the model with a reference or with itself, and those that make its inputs.
+COMPARING = {"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer"}
+GENERATING = {"GRPOTrainer", "RLOOTrainer"}
+
 
 def _tuner_of(trainer: Any) -> Optional[PolyModel]:
     return tuner_of(trainer.accelerator.unwrap_model(trainer.model))  # FSDP puts its wrapper there
@@ -37,6 +42,8 @@ def _keeping_columns(method: Callable) -> Callable:
         tuner = _tuner_of(self)
         if tuner is not None:
             _check_names(self, tuner)
+            _check_hands_tasks_on(self, tuner, args[0] if args else None)
+            _settle_noise(self, tuner)
             _check_rows_have_one_task(self, tuner, args[0] if args else None)
             if self.args.remove_unused_columns:
                 self._set_signature_columns_if_needed()
@@ -90,6 +97,22 @@ def _checking_checkpoint(method: Callable) -> Callable:
     return wrapper
 
 
+def _loading_best(method: Callable) -> Callable:
+    """A `Trainer` looks for the best adapter beside the checkpoint's other files, where only "default" lies."""
+    checking = _checking_checkpoint(method)
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = checking(self, *args, **kwargs)
+        tuner, folder = tuner_of(self.model), Path(self.state.best_model_checkpoint)
+        for name in () if tuner is None else tuner.task_context.poly_adapters():
+            if name != "default" and (folder / name).is_dir():
+                self.model.load_adapter(str(folder / name), name, is_trainable=True)
+        return found
+
+    return wrapper
+
+
 def _check_checkpoint(folder: Path, tuner: PolyModel) -> None:
     """Adapters of other names than `default` lie in folders of their names."""
     configs = {name: cast(PolyConfig, tuner.peft_config[name]) for name in tuner.task_context.poly_adapters()}
@@ -98,6 +121,39 @@ def _check_checkpoint(folder: Path, tuner: PolyModel) -> None:
         for place in {folder / name, *([folder] if name == alone else [])}:
             if place.is_dir():  # else it would be asked for on the Hub
                 check_task_names(place, config, name)
+
+
+def _kinds(trainer: Any) -> set[str]:
+    """Names of the classes of TRL that a trainer is one of."""
+    return {kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.startswith("trl.")}
+
+
+def _check_hands_tasks_on(trainer: Any, tuner: PolyModel, dataset: Any) -> None:
+    found = _kinds(trainer) & GENERATING
+    if not found:
+        return
+    if tuner.task_context.default is not None or tuner.task_context.current() is not None:
+        _check_all_are_the_set_task(dataset, tuner, found.pop())
+    elif any(config.n_tasks > 1 for config in _active_configs(tuner).values()):
+        raise ValueError(
+            f"{found.pop()} cannot train several tasks at once: it takes no collator, and calls the model with the "
+            "tokens of the answers that it has generated, in batches that it has shuffled and cut, without the "
+            "columns of their rows. Choose one task for the run with `model.set_task(...)`, and leave out the rows of "
+            "other tasks."
+        )
+
+
+def _settle_noise(trainer: Any, tuner: PolyModel) -> None:
+    """As these trainers do with dropout: what they compare must differ by the parameters alone."""
+    routers: list[Any] = [router for layer in tuner._layers() for router in layer.poly_router.values()]
+    noisy = [router for router in routers if getattr(router, "noise", False)]
+    if noisy and (found := _kinds(trainer) & COMPARING):
+        for router in noisy:
+            router.noise = False
+        warnings.warn(
+            f"{found.pop()} compares log-probabilities of several passes, in each of which `router_noise` would draw "
+            "another routing: it is switched off in this model, as TRL does with dropout."
+        )
 
 
 def _check_rows_have_one_task(trainer: Any, tuner: PolyModel, dataset: Any) -> None:
@@ -177,11 +233,25 @@ def _collecting_ids(trainer: Any) -> Iterator[None]:
             trainer.prediction_step = own
 
 
+def _settling(method: Callable) -> Callable:
+    """Before a reference is computed, which some do as soon as they are made."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        method(self, *args, **kwargs)
+        tuner = _tuner_of(self)
+        if tuner is not None:
+            _settle_noise(self, tuner)
+
+    return wrapper
+
+
 LESSONS: dict[str, Callable[[Callable], Callable]] = {
+    "__init__": _settling,
     "_remove_unused_columns": _keeping_columns,
     "_get_collator_with_removed_columns": _keeping_columns,
     "evaluation_loop": _handing_ids,
     "_load_from_checkpoint": _checking_checkpoint,
-    "_load_best_model": _checking_checkpoint,
+    "_load_best_model": _loading_best,
     "_load_optimizer_and_scheduler": _checking_checkpoint,  # DeepSpeed loads without the first
 }

@@ -58,7 +58,7 @@ def update(base, x, weight, bias, A, B, logits, tasks, noise, temperature, scale
     router = PolyRouter(PolyConfig(n_tasks=len(logits), n_splits=h, n_skills=k, router_temperature=temperature))
     with torch.no_grad():
         w, p = router.route(torch.embedding(logits, tasks), noise)
-    own = OwnRouting(router, tasks, p, noise is not None)
+    own = OwnRouting(router, tasks, p, noise)
     return PolyUpdate.apply(base, x, weight, bias, A, B, scale, w, own, logits)
 
 

@@ -19,10 +19,10 @@ from ...config import PolyConfig
 from ...router import Router
 from ...tasks.batch import TaskBatch, kept_in_generation
 from ..adapted import Adapted
+from ..keeping.kept import Kept, Origin, Shortcut
 from ..parts import ids_of_rows, tensors_of
 from ..products import to_add_to
 from .gating_node import GatedUpdate, add_gated
-from .kept import Kept, Origin, Shortcut
 from .kind import Kind
 from .routed import routed_for_backward, routed_without
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any, Optional, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ..products import FEW, grad_input, in_runs, scaled_product, to_add_to
+from ..products import FEW, grad_input, in_runs, low_rank_update, scaled_product, to_add_to
 from .routed import OwnRouting
+from .second_derivatives import by_plain_operations, wants_a_graph
 
 __all__ = ["GatedUpdate", "add_gated"]
 
@@ -51,7 +51,7 @@ def add_gated(
 class GatedUpdate(torch.autograd.Function):
     """`y = base + scale * ((x A) * g) B`; `base` is given, or is `F.linear(x, weight, bias)` with a frozen weight.
 
-    Not twice differentiable: a second derivative raises.
+    Twice differentiable: where a gradient is to be differentiated again, it is that of plain operations.
     """
 
     @staticmethod
@@ -79,16 +79,21 @@ class GatedUpdate(torch.autograd.Function):
             y = to_add_to(cast(torch.Tensor, base), owned=False)
         g = gates[:, 0] if gates.dtype == A.dtype else gates[:, 0].to(A.dtype)
         u = add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), g, A[0, 0], B[0, 0], scale)
-        ctx.save_for_backward(x, u, g, A, B, weight, None if own is None else own.tasks)
-        ctx.own, ctx.scale, ctx.gates_dtype = own, scale, gates.dtype
-        ctx.logits_like = None if logits is None else (logits.shape[0], logits.dtype)
+        ctx.save_for_backward(x, u, g, A, B, weight, None if own is None else own.tasks, gates, logits)
+        ctx.own, ctx.scale = own, scale
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         """Gradients of x, A, B and the gates or logits; those that nobody asked for are not computed."""
-        x, u, g, A, B, weight, tasks = ctx.saved_tensors
+        x, u, g, A, B, weight, tasks, gates, logits = ctx.saved_tensors
+        if wants_a_graph():
+
+            def update() -> torch.Tensor:
+                each = (gates if logits is None else ctx.own.again(logits)).to(A.dtype)
+                return low_rank_update(x.to(A.dtype), each * A[0], B[0].expand(len(each), *B.shape[2:]), ctx.scale)
+
+            return by_plain_operations(ctx, grad, update, x, weight, {4: A, 5: B, 7: gates, 9: logits})
         needs_x, needs_A, needs_B, needs_g, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 7, 9))
         grad_base = grad if ctx.needs_input_grad[0] else None
         grad_y = grad if grad.dtype == B.dtype else grad.to(B.dtype)
@@ -107,7 +112,7 @@ class GatedUpdate(torch.autograd.Function):
             v = (u * g.unsqueeze(1)).view(1, -1, g.shape[1])
             grad_B = scaled_product(v.transpose(1, 2), tokens_of_y.unsqueeze(0), ctx.scale).view(B.shape)
         if needs_g or needs_logits:
-            grad_g = (grad_v * u).sum(dim=1, keepdim=True).to(ctx.gates_dtype)
+            grad_g = (grad_v * u).sum(dim=1, keepdim=True).to(gates.dtype)
         if needs_logits:
-            grad_logits, grad_g = ctx.own.grad_logits(grad_g, g, None, tasks, *ctx.logits_like), None
+            grad_logits, grad_g = ctx.own.grad_logits(grad_g, g, None, tasks, logits), None
         return grad_base, grad_x, None, None, grad_A, grad_B, None, grad_g, None, grad_logits

@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any, Optional, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ..products import add_in_runs, grad_input, in_runs, scaled_product, to_add_to
+from ..products import add_in_runs, grad_input, in_runs, low_rank_update, scaled_product, to_add_to
 from .mixing import mix_A, mix_B, worth_turning
 from .routed import OwnRouting
+from .second_derivatives import by_plain_operations, wants_a_graph
 
 __all__ = ["PolyUpdate"]
 
@@ -29,7 +29,7 @@ class PolyUpdate(torch.autograd.Function):
 
     With the base product inside the node, its output can be added to in place, and the gradient of x is one sum.
 
-    Not twice differentiable: a second derivative raises.
+    Twice differentiable: where a gradient is to be differentiated again, it is that of plain operations.
     """
 
     @staticmethod
@@ -58,16 +58,21 @@ class PolyUpdate(torch.autograd.Function):
         turned = worth_turning(x, len(w))
         u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A, turned), mix_B(w, B), scale)
         p, tasks = (None, None) if own is None else (own.p, own.tasks)
-        ctx.save_for_backward(x, u, w, p, A, B, weight, tasks)
+        ctx.save_for_backward(x, u, w, p, A, B, weight, tasks, logits)
         ctx.own, ctx.scale = own, scale
-        ctx.logits_like = None if logits is None else (logits.shape[0], logits.dtype)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
         """Gradients of x, A, B and w or logits; those that nobody asked for are not computed."""
-        x, u, w, p, A, B, weight, tasks = ctx.saved_tensors
+        x, u, w, p, A, B, weight, tasks, logits = ctx.saved_tensors
+        if wants_a_graph():
+
+            def update() -> torch.Tensor:
+                weights = w if logits is None else ctx.own.again(logits)
+                return low_rank_update(x.to(A.dtype), mix_A(weights, A), mix_B(weights, B), ctx.scale)
+
+            return by_plain_operations(ctx, grad, update, x, weight, {4: A, 5: B, 7: w, 9: logits})
         (h, k, d, r), o, g = A.shape, B.shape[-1], len(w)
         needs_x, needs_A, needs_B, needs_w, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 7, 9))
         grad_base = grad if ctx.needs_input_grad[0] else None
@@ -94,5 +99,5 @@ class PolyUpdate(torch.autograd.Function):
             grad_w.baddbmm_(mixed_B, B.reshape(h, k, r * o).transpose(1, 2))
             grad_w = grad_w.transpose(0, 1).to(w.dtype)
         if needs_logits:
-            grad_logits, grad_w = ctx.own.grad_logits(grad_w, w, p, tasks, *ctx.logits_like), None
+            grad_logits, grad_w = ctx.own.grad_logits(grad_w, w, p, tasks, logits), None
         return grad_base, grad_x, None, None, grad_A, grad_B, None, grad_w, None, grad_logits

@@ -15,14 +15,15 @@ from ...router import PolyRouter, normalise
 from ...tasks.batch import TaskBatch, kept_in_generation
 from ...tasks.grouping import Rows, ungrouped_rows
 from ..adapted import Adapted
+from ..keeping.kept import Kept, Origin, Products, Shortcut
+from ..keeping.serving import Serving
+from ..onloading import is_offloaded
 from ..parts import FIRST_TASK, ids_of_rows, row_tasks, tensors_of
 from ..products import low_rank_update
-from .kept import Kept, Origin, Products, Shortcut
 from .kind import Kind
 from .mixing import add_update, cheaper_together, mix_A, mix_B, mix_one, worth_turning
 from .mixing_node import PolyUpdate
 from .routed import routed_for_backward, routed_without
-from .serving import Serving
 
 __all__ = ["Mixture", "own_skill_logit"]
 
@@ -186,7 +187,7 @@ def pairs_of_rows(
     rows = None
     if not layer.training:
         rows = ONE_TASK if batch is None else batch.grouped(name, n_rows, x.device, layer.layer_name)
-        if store is not None and rows.key is not None:
+        if store is not None and rows.key is not None and not is_offloaded(layer._modules["poly_lora_A"]):
             return _served(layer, name, batch, rows, x, kept, store)
         if kept is None and rows.index is not None and not cheaper_together(rows, x, layer.r[name]):
             rows = None

@@ -21,13 +21,17 @@ class OwnRouting:
         router: it knows the gradient.
         tasks: LongTensor `(g,)`.
         p: what the gradient needs beside the weights, `(g, h, k)` or None.
-        noisy: noise was added.
+        noise: that was added, `(g, h, k)` or None.
     """
 
     router: Any
     tasks: torch.Tensor
     p: Optional[torch.Tensor]
-    noisy: bool
+    noise: Optional[torch.Tensor]
+
+    def again(self, logits: torch.Tensor) -> torch.Tensor:
+        """The weights `(g, h, k)` anew, differentiable in the logits `(t, columns)`."""
+        return self.router.route(torch.embedding(logits, self.tasks), self.noise)[0]
 
     def grad_logits(
         self,
@@ -35,13 +39,12 @@ class OwnRouting:
         w: torch.Tensor,
         p: Optional[torch.Tensor],
         tasks: torch.Tensor,
-        n_tasks: int,
-        dtype: torch.dtype,
+        logits: torch.Tensor,
     ) -> torch.Tensor:
-        """`(g, h, k) -> (t, columns)`; p and tasks as they were saved."""
-        grad_z = self.router.grad_route(grad_w, w, p, self.noisy).flatten(1)
+        """`(g, h, k) -> (t, columns)`; the rest as it was saved."""
+        grad_z = self.router.grad_route(grad_w, w, p, self.noise is not None).flatten(1)
         scatter = torch.ops.aten.embedding_dense_backward  # deterministic on a GPU too
-        return scatter(grad_z, tasks, n_tasks, -1, False).to(dtype)
+        return scatter(grad_z, tasks, logits.shape[0], -1, False).to(logits.dtype)
 
 
 def routed_for_backward(
@@ -68,9 +71,9 @@ def routed_for_backward(
             z = torch.embedding(logits, tasks)
             noise = router.noise_like(z)
             w, p = router.route(z, noise)
-        return w, OwnRouting(router, tasks, p, noise is not None)
+        return w, OwnRouting(router, tasks, p, noise)
     if share.without_gradient and torch._C._current_graph_task_id() != -1:
-        return share.stored, OwnRouting(router, share.tasks, share.p, share.noisy)
+        return share.stored, OwnRouting(router, share.tasks, share.p, share.noise)
     return share.w, None
 
 
@@ -91,7 +94,7 @@ def routed_without(
         share = routing.of(layer, name, ids, len(tasks), logits, without_gradient=True)
         if share is not None:
             return share.stored
-        w: Optional[torch.Tensor] = None if router.samples else routing.weights.of(logits, name, tasks)
+        w: Optional[torch.Tensor] = None if router.samples else routing.weights.of(router, name, tasks)
         if w is not None:
             return w
     with torch.no_grad():
