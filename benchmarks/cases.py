@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from .variants import KINDS
 
-__all__ = ["FULL", "QUICK", "Bar", "Case", "Claim", "bars"]
+__all__ = ["SETS", "Bar", "Case", "Claim", "bars"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ QUICK = [
 ]  # fmt: skip
 # The same work by everyone: batches of several tasks of few and of many. Of the LoRAs only those in use are loaded.
 SAME_WORK = [
-    Case(mode, (*(("merged",) if distinct == 1 else ()), "lora", "adapters", *UPSTREAM), (), rows=32, length=8,
+    Case(mode, (*(("merged",) if distinct == 1 else ()), "lora", "adapters", "upstream mhr"), (), rows=32, length=8,
          distinct=distinct, tasks=tasks)
     for tasks in (64, 1000) for mode in ("decode", "forward") for distinct in (1, 2, 8, 32)
 ]  # fmt: skip
@@ -132,4 +132,4 @@ SIZES = [
         {"rows": 32, "distinct": 32},
     )
 ]  # fmt: skip
-FULL = [*QUICK, *SAME_WORK, *IN_SERVING, *SMALL, *SHAPES_TOO, *SIZES]
+SETS = {"quick": QUICK, "same-work": [*SAME_WORK, *IN_SERVING], "shapes": [*SMALL, *SHAPES_TOO, *SIZES]}

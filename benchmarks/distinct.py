@@ -1,7 +1,8 @@
 """How cost grows with the distinct tasks of a batch: `python -m benchmarks.distinct [--docs docs/benchmarks/speed.md]`.
 
-A forward of 1,000 rows of one token, T5-small shape, 1 to 1,000 distinct tasks of 1,000: CPU time over the bare model's,
-and a plot. `adapters` goes as far as its LoRAs are loaded (`--loras`): loading one takes the longer the more there are.
+A forward of 1,000 rows of one token, T5-small shape, 1 to 1,000 distinct tasks of 1,000: CPU time over that of the bare
+model, and a plot. `adapters` goes as far as its LoRAs are loaded (`--loras`): one takes the longer
+the more there are.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     plot(args.results / "distinct.png", taken)
     if args.docs:
-        rows = [{**row, "tasks": f"{one.case.distinct:,}"} for one, row in zip(taken, results.rows_of(taken), strict=True)]
+        rows = [
+            {**row, "tasks": f"{one.case.distinct:,}"} for one, row in zip(taken, results.rows_of(taken), strict=True)
+        ]
         loads = [one.load for one in taken]
         results.write_table(args.docs, "distinct", rows, results.about("python -m benchmarks.distinct"), COLUMNS, loads)
 

@@ -17,6 +17,7 @@ from .variants import Variant, Variants, kinds_here
 
 __all__ = ["DIFFERENCE", "Figures", "measure", "variants_of"]
 
+TOKENS = 24  # to decode
 DIFFERENCE = 1e-4  # the most that outputs of the same work may differ
 
 
@@ -117,7 +118,7 @@ def work(case: Case, variant: Variant, distinct: int) -> Callable[[], Any]:
     ids, inputs = make_task_ids(case.rows, distinct, case.tasks), make_inputs(case.model, case.rows, case.length)
     if case.mode == "decode":
         inputs.pop("decoder_input_ids", None)
-        return lambda: variant.generate(ids, **inputs, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        return lambda: variant.generate(ids, **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
 
     def forward() -> torch.Tensor:
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """The same comparison on a GPU, in half precision: `python -m benchmarks.gpu [--docs docs/benchmarks/speed.md]`.
 
-A Llama of the 1B shape in bfloat16, all linear layers adapted, 64 rows of 1, 8 and 64 distinct tasks: tokens a second of
-decoding, of a forward (in `serving` too), of a training step, of one token as a replayed CUDA graph and of a forward
+A Llama of the 1B shape in bfloat16, all linear layers adapted, 64 rows of 1, 8 and 64 distinct tasks: tokens a second
+of decoding, of a forward (in `serving` too), of a training step, of one token as a replayed CUDA graph and of a forward
 under `torch.compile`, in turn; operators and kernels of an adapted layer; whether a forward waits for the device. One
 run takes six minutes of one card (`--seconds`): what no time is left for is left out, and said. Without a GPU,
 `--device cpu --tiny` shows that it runs; what is CUDA's alone is left out.
@@ -122,19 +122,19 @@ class Bench:
         """Kernels, copies and fills that the device ran in a forward, per adapted layer above the bare model's."""
         ran = {}
         for name in names:
-            forward = self.call(self.variants[name], "forward", 8)
+            forward = self.call(self.variants[name], "forward", DISTINCT[1])
             forward()
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 forward()
             ran[name] = sum(event.count for event in profiler.key_averages())
         above = {name: f"{(ran[name] - ran['base']) / self.layers:.1f}" for name in names if name != "base"}
-        return {"work": "kernels a layer, forward, 8 tasks", **above}
+        return {"work": f"kernels a layer, forward, {DISTINCT[1]} tasks", **above}
 
     def without_waiting(self, name: str) -> str:
         """Whether a forward and a training step of ours never wait for the device; raises where they do."""
-        ours, ids = self.variants[name], self.ids(8)
+        ours, ids = self.variants[name], self.ids(DISTINCT[1])
         for mode in ("forward", "train"):
-            self.call(ours, mode, 8)()
+            self.call(ours, mode, DISTINCT[1])()
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.no_grad():
@@ -147,7 +147,7 @@ class Bench:
     @torch.no_grad()
     def captured(self, names: Sequence[str], rounds: int, budget: float) -> tuple[dict[str, str], list[str]]:
         """One token of each row as a CUDA graph: tokens a second of replays, and that they give what the call gives."""
-        token, ids, replays, notes = self.inputs["input_ids"][:, :1].clone(), self.ids(8), {}, []
+        token, ids, replays, notes = self.inputs["input_ids"][:, :1].clone(), self.ids(DISTINCT[1]), {}, []
         for name in names:
             variant, stream = self.variants[name], torch.cuda.Stream()
             variant.model.eval()
@@ -163,16 +163,16 @@ class Bench:
             self.wait()
             notes.append(f"{name}: a replayed CUDA graph differs by {(logits - expected).abs().max().item():.1e}")
             replays[name] = lambda graph=graph: (graph.replay(), self.wait())
-        return self.rates("one token as a CUDA graph, 8 tasks", self.rows, replays, rounds, budget), notes
+        return self.rates(f"one token as a CUDA graph, {DISTINCT[1]} tasks", self.rows, replays, rounds, budget), notes
 
     def compiled(self, names: Sequence[str], rounds: int, budget: float) -> dict[str, str]:
         """A forward as one graph of the compiler."""
         functions = {}
         for name in names:
             whole = Variant(name, torch.compile(self.variants[name].model, fullgraph=True))
-            functions[name] = self.call(whole, "forward", 8)
+            functions[name] = self.call(whole, "forward", DISTINCT[1])
         tokens = self.inputs["input_ids"].numel()
-        return self.rates("forward, compiled, 8 tasks", tokens, functions, rounds, budget)
+        return self.rates(f"forward, compiled, {DISTINCT[1]} tasks", tokens, functions, rounds, budget)
 
 
 def works(bench: Bench, rounds: int) -> list[Callable[[float], tuple[list[dict[str, str]], list[str]]]]:
@@ -194,11 +194,10 @@ def works(bench: Bench, rounds: int) -> list[Callable[[float], tuple[list[dict[s
     if bench.cuda:
         found.append(lambda _: ([bench.kernels(["base", "lora", "adapters", *ours])], []))
         found.append(lambda _: ([], [bench.without_waiting(name) for name in ours]))
-    found += [timed("decode", 1, everyone), timed("decode", 8, everyone)]
-    found += [timed("forward", distinct, everyone) for distinct in (1, 8)]
+    found += [timed(mode, distinct, everyone) for mode in ("decode", "forward") for distinct in DISTINCT[:2]]
     if served:
-        found.append(timed("forward", 8, ["base", "lora", *served], serving=True))
-    found.append(timed("train", 8, trained))
+        found.append(timed("forward", DISTINCT[1], ["base", "lora", *served], serving=True))
+    found.append(timed("train", DISTINCT[1], trained))
     if bench.cuda:
 
         def graphs(seconds: float) -> Any:
@@ -206,7 +205,7 @@ def works(bench: Bench, rounds: int) -> list[Callable[[float], tuple[list[dict[s
             return [row], notes
 
         found += [graphs, lambda seconds: ([bench.compiled(trained, rounds, seconds)], [])]
-    return [*found, timed("decode", 64, everyone), timed("forward", 64, everyone)]
+    return [*found, *(timed(mode, DISTINCT[2], everyone) for mode in ("decode", "forward"))]
 
 
 def main(argv: list[str] | None = None) -> None:

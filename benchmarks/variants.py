@@ -1,10 +1,10 @@
 """What is compared, by name: the bare model, PEFT's ways to do the same work, and each kind of this package's adapters.
 
-    base        the bare model                 merged    one task's update in the weights
-    lora        one LoRA for all rows: it cannot tell tasks apart, so it does the same work only where there is one
-    adapters    a LoRA for each task in use and `adapter_names` for the rows: the tasks of `mhr`, exported
-    upstream poly, upstream mhr                PEFT's own Poly, with the very tensors of ours
-    poly, mhr, gates                           ours; a kind that this version does not accept is left out
+base        the bare model                 merged    one task's update in the weights
+lora        one LoRA for all rows: it cannot tell tasks apart, so it does the same work only where there is one
+adapters    a LoRA for each task in use and `adapter_names` for the rows: the tasks of `mhr`, exported
+upstream poly, upstream mhr                PEFT's own Poly, with the very tensors of ours
+poly, mhr, gates                           ours; a kind that this version does not accept is left out
 """
 
 from __future__ import annotations
