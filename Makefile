@@ -58,10 +58,10 @@ docs: $(VENV)/.docs ## build the documentation site, docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 ifneq ($(wildcard benchmarks/__main__.py),)
-bench: $(VENV)/.test ## measure speed, memory and size against LoRA, PEFT's Poly and the base model
+bench: $(VENV)/.test ## measure speed and memory against all who do the same work: LoRAs, PEFT's Poly, the base model
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-bench-quick: $(VENV)/.test ## the same within three minutes
+bench-quick: $(VENV)/.test ## what must be shown, each case with its bar, in four minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --quick $(BENCH_ARGS)
 else
 bench bench-quick:
