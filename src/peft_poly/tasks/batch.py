@@ -158,7 +158,7 @@ class TaskBatch:
         if key not in self._grouped:
             ids = self.rows(adapter_name, n_rows, layer)
             known = ids.device.type == "cpu"  # else reading them would hold up the device
-            self._grouped[key] = (group_rows(ids.tolist()) if known else ungrouped_rows(ids)).to(device)
+            self._grouped[key] = (group_rows(ids.tolist(), ids) if known else ungrouped_rows(ids)).to(device)
         return self._grouped[key]
 
 
