@@ -78,6 +78,8 @@ class Gates(Kind):
     name = "gates"
     tags = ("mtl-lora",)
     unit = "rank"
+    weight = "gate"
+    weights = "gates"
     n_skills = 1
     n_splits = 1
     router_lr = 0.03

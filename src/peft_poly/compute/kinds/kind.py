@@ -30,6 +30,7 @@ class Kind(ABC):
         router_lr: the recommended learning rate of the router.
         tags: of its model cards.
         unit: what a weight is one of, for tables and pictures.
+        weight, weights: what tables and pictures call one weight, and all of a task.
         centre: the value of a weight that says nothing about a task; pictures are drawn around it. None: the weights
             of a split sum to 1, and pictures run up from 0.
     """
@@ -39,6 +40,8 @@ class Kind(ABC):
     n_splits: int
     tags: tuple[str, ...]
     unit: str
+    weight: str
+    weights: str
     router_lr: float
     centre: Optional[float]
 

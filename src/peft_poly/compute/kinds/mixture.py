@@ -36,6 +36,8 @@ class Mixture(Kind):
     n_splits = 1
     tags = ("polytropon",)
     unit = "skill"
+    weight = "weight"
+    weights = "mixing weights"
     router_lr = 0.1
     centre = None
 
