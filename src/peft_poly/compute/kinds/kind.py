@@ -117,15 +117,19 @@ class Kind(ABC):
         """In place, under `no_grad`: one LoRA that all tasks share in each layer, and routers that say nothing."""
 
     @abstractmethod
-    def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:
+    def settings_of_loras(self, ranks: Mapping[str, set[int]], own_weight: Optional[float]) -> dict[str, Any]:
         """`r` and `n_skills` of an adapter made of plain LoRAs; the ranks that each has in its layers, by name.
+
+        `own_weight` is the share that a task's own LoRA starts with; None for the default of the kind.
 
         Raises:
             ValueError: they cannot be one adapter of this kind.
         """
 
     @abstractmethod
-    def take_loras(self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: float) -> None:
+    def take_loras(
+        self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: Optional[float]
+    ) -> None:
         """Fill an adapter with LoRAs `(A (r, in), B (r, out), scale)`, one a task, in the order of the tasks."""
 
     # ------------------------------------------------------------------------------------------------------ its looks
