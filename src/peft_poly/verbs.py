@@ -110,14 +110,15 @@ class TaskVerbs(_Tuner):
     # ----------------------------------------------------------------------------------------------------- look at
     @torch.no_grad()
     def routing_weights(self, adapter_name: Optional[str] = None) -> dict[str, torch.Tensor]:
-        """Mixing weights of every task at eval.
+        """Mixing weights of every task at eval; with gates the gates.
 
         Args:
             adapter_name: the adapter.
 
         Returns:
             `{layer name: (n_tasks, n_splits, n_skills)}`, at least float32, detached; the skills of each split sum to
-            1. Layers that share a router have equal entries.
+            1. With gates `{layer name: (n_tasks, 1, r)}`: 1 is the shared LoRA, and they may be negative. Layers that
+            share a router have equal entries.
 
         Raises:
             ValueError: there is no such adapter.
@@ -141,7 +142,8 @@ class TaskVerbs(_Tuner):
         Args:
             names: the new tasks' names; for an adapter whose tasks have no names, how many to add.
             init: where the rows start: `"mean"` of the known tasks' logits, `"uniform"` weights, the name or id of a
-                task to copy, or `{task: weight}` for a weighted mean of their logits.
+                task to copy, or `{task: weight}` for a weighted mean of their logits. With gates `"mean"` is exactly
+                the mean of what the known tasks compute, and `"uniform"` the shared LoRA.
             adapter_name: the adapter.
 
         Returns:
@@ -193,6 +195,8 @@ class TaskVerbs(_Tuner):
     def train_router_only(self, adapter_name: Optional[str] = None) -> None:
         """MHR-z: freeze the skills, train the router rows (arXiv 2211.03831). `modules_to_save` stay as they are.
 
+        With gates: freeze the shared LoRA, train the gates, `r` numbers a task and router.
+
         Raises:
             ValueError: the adapter has one skill, so that there is nothing to route.
         """
@@ -212,6 +216,9 @@ class TaskVerbs(_Tuner):
 
     def average_skills(self, adapter_name: Optional[str] = None) -> None:
         """MHR-mu: in place, one skill that is the mean of the inventory; the router is flat and frozen.
+
+        With gates: the mean gate is folded into B, and all gates are one, which is exactly the mean of what the tasks
+        compute; `train_all` then trains the gates, too.
 
         All tasks then share one LoRA. What was frozen stays so; `train_all` then trains the mean. The parameters are
         new objects: make the optimizer afterwards.

@@ -10,7 +10,7 @@ from functools import partial
 import peft
 import pytest
 import torch
-from adapters import adapt, poly
+from adapters import GATES, adapt, poly
 from peft import inject_adapter_in_model
 from tiny import CASES, MLP, TASKS, Case
 from torch import nn
@@ -80,9 +80,11 @@ def loss_of(case: Case, task_ids, model: nn.Module, seed: int = 0) -> torch.Tens
 
 
 @REENTRANT
-@pytest.mark.parametrize("case", HF)
-def test_a_mixed_batch_has_bit_equal_gradients(case, use_reentrant):
-    model, step = tuned(case), partial(loss_of, CASES[case], MIXED)
+@pytest.mark.parametrize(
+    ("case", "settings"), [*((case, {}) for case in HF), ("llama", GATES), ("gpt2", GATES)], ids=str
+)
+def test_a_mixed_batch_has_bit_equal_gradients(case, settings, use_reentrant):
+    model, step = tuned(case, **settings), partial(loss_of, CASES[case], MIXED)
     wanted = run(model, step)
     bit_equal(run(switched_on(model, use_reentrant), step), wanted)
     others = run(model, partial(loss_of, CASES[case], OTHER))

@@ -50,6 +50,10 @@ class GateRouter(Router):
         """All gates at one: every task starts as the shared LoRA."""
         nn.init.zeros_(self.module_logits)
 
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"n_tasks={self.n_tasks}, r={self.module_logits.shape[1]}"
+
     def route(self, z: torch.Tensor, noise: Optional[torch.Tensor]) -> tuple[torch.Tensor, None]:
         """`1 + z`, `(..., r) -> (..., 1, r)`, at least float32; no noise, and a gradient that needs nothing."""
         return (z if z.dtype in (torch.float32, torch.float64) else z.float()).add(1).unsqueeze(-2), None
@@ -83,6 +87,8 @@ class Gates(Kind):
     name = "gates"
     tags = ("mtl-lora",)
     unit = "rank"
+    weight = "gate"
+    weights = "gates"
     n_skills = 1
     n_splits = 1
     router_lr = 0.03
@@ -124,8 +130,8 @@ class Gates(Kind):
         """`A` and `diag(g_t) B`."""
         A, B = layer.poly_lora_A[name][0, 0], layer.poly_lora_B[name][0, 0]
         router: Any = layer.poly_router[name]
-        gates = router(tasks).to(B)  # (b, 1, r)
-        return A.expand(gates.shape[0], *A.shape), gates.transpose(1, 2) * B
+        gated = router(tasks).to(B.device).transpose(1, 2) * B  # (b, r, out), rounded once where B is 16-bit
+        return A.expand(gated.shape[0], *A.shape), gated.to(B.dtype)
 
     def update(self, layer: Adapted, name: str, x: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
         """`scale * ((x A) * g_t) B`."""
@@ -184,20 +190,27 @@ class Gates(Kind):
             routers[id(router)] = router
             B = layer.poly_lora_B[name]
             gates = router.route(router.module_logits, None)[0].mean(dim=0)  # (1, r)
-            folded = (gates.to(B).view(1, 1, -1, 1) * B).detach()
-            layer.poly_lora_B[name] = nn.Parameter(folded, requires_grad=B.requires_grad)
+            folded = gates.to(B.device).view(1, 1, -1, 1) * B
+            layer.poly_lora_B[name] = nn.Parameter(folded.to(B.dtype).detach(), requires_grad=B.requires_grad)
         for router in routers.values():
             router.module_logits = nn.Parameter(torch.zeros_like(router.module_logits), requires_grad=False)
 
-    def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:
+    def settings_of_loras(self, ranks: Mapping[str, set[int]], own_weight: Optional[float]) -> dict[str, Any]:
         """The LoRAs are stacked, so that their ranks add up."""
+        if own_weight is not None:
+            raise ValueError(
+                f"`own_weight` has no meaning with poly_type='gates', got {own_weight!r}: each task starts as its LoRA "
+                "exactly. Leave it out."
+            )
         several = {name: sorted(of_lora) for name, of_lora in ranks.items() if len(of_lora) > 1}
         if several:
             name, found = next(iter(several.items()))
             raise ValueError(f"A LoRA must have one rank in all layers, but that of task {name!r} has {found}.")
         return {"r": sum(rank for of_lora in ranks.values() for rank in of_lora)}
 
-    def take_loras(self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: float) -> None:
+    def take_loras(
+        self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: Optional[float]
+    ) -> None:
         """Each task's gates are one on the ranks of its own LoRA and zero elsewhere: exact."""
         logits: Any = layer.poly_router[name].module_logits
         logits.fill_(-1)

@@ -30,6 +30,7 @@ class Kind(ABC):
         router_lr: the recommended learning rate of the router.
         tags: of its model cards.
         unit: what a weight is one of, for tables and pictures.
+        weight, weights: what tables and pictures call one weight, and all of a task.
         centre: the value of a weight that says nothing about a task; pictures are drawn around it. None: the weights
             of a split sum to 1, and pictures run up from 0.
     """
@@ -39,6 +40,8 @@ class Kind(ABC):
     n_splits: int
     tags: tuple[str, ...]
     unit: str
+    weight: str
+    weights: str
     router_lr: float
     centre: Optional[float]
 
@@ -126,15 +129,19 @@ class Kind(ABC):
         """In place, under `no_grad`: one LoRA that all tasks share in each layer, and routers that say nothing."""
 
     @abstractmethod
-    def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:
+    def settings_of_loras(self, ranks: Mapping[str, set[int]], own_weight: Optional[float]) -> dict[str, Any]:
         """`r` and `n_skills` of an adapter made of plain LoRAs; the ranks that each has in its layers, by name.
+
+        `own_weight` is the share that a task's own LoRA starts with; None for the default of the kind.
 
         Raises:
             ValueError: they cannot be one adapter of this kind.
         """
 
     @abstractmethod
-    def take_loras(self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: float) -> None:
+    def take_loras(
+        self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: Optional[float]
+    ) -> None:
         """Fill an adapter with LoRAs `(A (r, in), B (r, out), scale)`, one a task, in the order of the tasks."""
 
     # ------------------------------------------------------------------------------------------------------ its looks

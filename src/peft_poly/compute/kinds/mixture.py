@@ -27,6 +27,8 @@ from .routed import routed_for_backward, routed_without
 
 __all__ = ["Mixture", "own_skill_logit"]
 
+OWN_WEIGHT = 0.99  # of a task's own skill, in an adapter made of LoRAs
+
 ONE_TASK = Rows(FIRST_TASK, key=(0,))  # of an adapter that has no other
 
 
@@ -38,6 +40,8 @@ class Mixture(Kind):
     n_splits = 1
     tags = ("polytropon",)
     unit = "skill"
+    weight = "weight"
+    weights = "mixing weights"
     router_lr = 0.1
     centre = None
 
@@ -127,7 +131,7 @@ class Mixture(Kind):
                 router.n_skills = 1
             layer.n_skills[name] = 1
 
-    def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:
+    def settings_of_loras(self, ranks: Mapping[str, set[int]], own_weight: Optional[float]) -> dict[str, Any]:
         """Each LoRA is a skill, and skills have one rank."""
         found = sorted((rank, name) for name, of_lora in ranks.items() for rank in of_lora)
         if len({rank for rank, _ in found}) > 1:
@@ -135,7 +139,9 @@ class Mixture(Kind):
             raise ValueError(f"All LoRAs must have one rank in all layers, but these have: {listed}.")
         return {"r": found[0][0], "n_skills": len(ranks)}
 
-    def take_loras(self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: float) -> None:
+    def take_loras(
+        self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: Optional[float]
+    ) -> None:
         """LoRA i is skill i, on which task i starts with `own_weight` of its mix."""
         h, k, d, r = layer.poly_lora_A[name].shape
         for skill, (A, B, scale) in enumerate(pairs):
@@ -143,7 +149,7 @@ class Mixture(Kind):
             layer.poly_lora_A[name][:, skill] = A.T.reshape(h, d, r)
             layer.poly_lora_B[name][:, skill] = B.T.reshape(r, h, -1).transpose(0, 1)
         router: Any = layer.poly_router[name]
-        logit = own_skill_logit(own_weight, k)
+        logit = own_skill_logit(OWN_WEIGHT if own_weight is None else own_weight, k)
         own = torch.eye(k, dtype=torch.bool, device=router.module_logits.device).repeat(1, h)
         router.module_logits.copy_(torch.where(own, logit, -logit))
 
