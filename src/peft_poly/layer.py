@@ -288,7 +288,9 @@ class Linear(nn.Module, PolyLayer):
             return self.base_layer(x, *args, **kwargs)
         n_rows = x.shape[0] if x.dim() > 1 else 1
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
-        return choose_path(self, x, active)(self, x, active, batch, n_rows, args, kwargs)
+        if self.training and batch is not None and batch.unknown:
+            self.task_context.check_known(batch)
+        return choose_path(self, x, active, batch)(self, x, active, batch, n_rows, args, kwargs)
 
     def _without_routing(self, x: torch.Tensor, args: Any, task_ids: Optional[TaskIds], kwargs: Any) -> torch.Tensor:
         if self._disable_adapters and self.merged_adapters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional, cast
@@ -20,6 +21,7 @@ from .compute.kinds.serving import check_not_serving
 from .compute.states import keep_requires_grad
 from .config import PolyConfig
 from .layer import Linear, PolyLayer
+from .recommended import plain_defaults_message
 from .router import Router, get_router
 from .tasks.choosing import task_contexts
 from .tasks.context import TaskContext, generation
@@ -100,6 +102,9 @@ class PolyModel(TaskVerbs, BaseTuner):
             raise
         finally:
             del self._routers
+        config = cast(PolyConfig, self.peft_config[adapter_name])
+        if config.has_plain_scale and config.r * config.n_skills > 1 and not config.inference_mode:
+            warnings.warn(plain_defaults_message(adapter_name, config.r, config.n_skills))
 
     def _take_back(self, adapter_name: str) -> None:
         """Remove what a failed injection had put in, so that the model is as it was before."""

@@ -125,6 +125,14 @@ class Router(nn.Module, ABC):
     def weigh(self, z: torch.Tensor) -> torch.Tensor:
         """Weights at eval of rows that are looked up: z `(..., columns) -> (..., h, k)`, at least float32."""
 
+    def logits_of_tasks(self) -> torch.Tensor:
+        """`module_logits`, `(n_tasks, columns)`; where names may be unknown, the row behind them is their mean."""
+        config: Optional[PolyConfig] = getattr(self, "config", None)
+        logits = self.module_logits
+        if self.training or config is None or config.unknown_task == "error":
+            return logits
+        return torch.cat([logits, logits.mean(dim=0, keepdim=True)])
+
     @abstractmethod
     def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Weights of a batch.
@@ -154,6 +162,7 @@ class PolyRouter(Router):
 
     def __init__(self, poly_config: PolyConfig) -> None:
         super().__init__()
+        self.config = poly_config  # its `unknown_task` may be set at any time
         self.poly_type = poly_config.poly_type
         self.n_skills = poly_config.n_skills
         self.n_splits = poly_config.n_splits
@@ -191,7 +200,7 @@ class PolyRouter(Router):
         if task_ids is None:
             raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
         tasks = task_ids.reshape(-1).to(self.module_logits.device)
-        return route(self.module_logits, tasks, self.noise_for(tasks), self.temperature, self.n_splits)[0]
+        return route(self.logits_of_tasks(), tasks, self.noise_for(tasks), self.temperature, self.n_splits)[0]
 
     def noise_for(self, tasks: torch.Tensor) -> Optional[torch.Tensor]:
         """Noise for one draw per entry of `tasks`, `(g, h, k)`; None if this router does not sample now."""

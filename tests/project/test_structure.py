@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(peft_poly.__file__).parent
 # From the ground up: what stands in a row imports from the rows before it, and from its own wing.
 FLOORS = [
+    {"recommended"},
     {"config", "compat"},
     {"router"},
     {"tasks"},

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ..config import PolyConfig
 from .grouping import Rows, group_rows, ungrouped_rows
-from .ids import TaskIds, no_task_message, resolve_task, resolve_tasks
+from .ids import TaskIds, no_task_message, resolve_task, resolve_tasks, unknown_message, unknown_name
 
 __all__ = ["TaskBatch", "TaskContext", "generation", "kept_in_generation"]
 
@@ -55,12 +55,20 @@ class TaskBatch:
         given: what the caller passed.
         ids: for each adapter a LongTensor `(b,)`, or `(1,)` where one task serves all rows.
         uniform: for each adapter whether all rows are known to have the same task.
+        unknown: for each adapter that does not have all the names, the first that it lacks.
     """
 
-    def __init__(self, given: TaskIds, ids: dict[str, torch.Tensor], uniform: dict[str, bool]) -> None:
+    def __init__(
+        self,
+        given: TaskIds,
+        ids: dict[str, torch.Tensor],
+        uniform: dict[str, bool],
+        unknown: Optional[dict[str, str]] = None,
+    ) -> None:
         self.given = given
         self.ids = ids
         self.uniform = uniform
+        self.unknown = unknown or {}
         self._grouped: dict[Any, Rows] = {}
 
     def repeat(self, n_rows: Optional[int], times: int) -> TaskBatch:
@@ -69,7 +77,7 @@ class TaskBatch:
             name: ids.repeat_interleave(times) if ids.shape[0] == n_rows and not self.uniform[name] else ids
             for name, ids in self.ids.items()
         }
-        return TaskBatch(self.given, ids, self.uniform)
+        return TaskBatch(self.given, ids, self.uniform, self.unknown)
 
     def rows(self, adapter_name: str, n_rows: int, layer: str = "layer") -> torch.Tensor:
         """The task ids of the rows of a layer's input, `(n_rows,)`, or `(1,)` if one task serves them all.
@@ -136,12 +144,22 @@ class TaskContext:
 
     def resolve(self, task_ids: TaskIds, adapters: Iterable[str], n_rows: Optional[int] = None) -> TaskBatch:
         """Check `task_ids` against every adapter in `adapters`; see `resolve_tasks` for what is accepted and raised."""
-        ids, uniform = {}, {}
+        ids, uniform, unknown = {}, {}, {}
         for name in adapters:
             ids[name], uniform[name] = resolve_tasks(task_ids, self.configs[name], name, n_rows)
+            if (stranger := unknown_name(task_ids, self.configs[name])) is not None:
+                unknown[name] = stranger
             if name in self.merged:
                 self._check_merged(name, ids[name])
-        return TaskBatch(task_ids, ids, uniform)
+        return TaskBatch(task_ids, ids, uniform, unknown)
+
+    def check_known(self, batch: TaskBatch) -> None:
+        """Raise for names that the adapters do not have, which only evaluation lets in."""
+        for name, task in batch.unknown.items():
+            raise ValueError(
+                f"{unknown_message(task, self.configs[name], name)} `unknown_task='mean'` answers for it in eval mode; "
+                "to train it, add it with `add_tasks` first."
+            )
 
     def _check_merged(self, name: str, ids: torch.Tensor) -> None:
         task, config = self.merged[name], self.configs[name]
@@ -168,7 +186,9 @@ class TaskContext:
         entered = self.current()
         if entered is not None:
             anew = [name for name in adapters if name not in entered.ids or name in self.merged]
-            return self.resolve(entered.given, adapters, n_rows) if anew else entered
+            if anew or entered.unknown:  # which a task that was added since may have become
+                return self.resolve(entered.given, adapters, n_rows)
+            return entered
         if self.default is not None:
             return self.resolve(self.default, adapters)
         for name in adapters:

@@ -40,6 +40,7 @@ class GateRouter(Router):
 
     def __init__(self, poly_config: PolyConfig) -> None:
         super().__init__()
+        self.config = poly_config  # its `unknown_task` may be set at any time
         self.poly_type = poly_config.poly_type
         self.n_splits = 1
         self.n_skills = poly_config.r
@@ -69,7 +70,7 @@ class GateRouter(Router):
         if task_ids is None:
             raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
         tasks = task_ids.reshape(-1).to(self.module_logits.device)
-        return self.weigh(torch.embedding(self.module_logits, tasks))
+        return self.weigh(torch.embedding(self.logits_of_tasks(), tasks))
 
 
 class Gates(Kind):
@@ -80,7 +81,6 @@ class Gates(Kind):
     unit = "rank"
     n_skills = 1
     n_splits = 1
-    router_lr = 0.03
     centre = 1.0
 
     # ------------------------------------------------------------------------------------------------------- settings

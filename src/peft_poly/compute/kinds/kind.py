@@ -27,7 +27,6 @@ class Kind(ABC):
     Attributes:
         name: the value of `PolyConfig.poly_type`.
         n_skills, n_splits: what the config has where they were not given.
-        router_lr: the recommended learning rate of the router.
         tags: of its model cards.
         unit: what a weight is one of, for tables and pictures.
         centre: the value of a weight that says nothing about a task; pictures are drawn around it. None: the weights
@@ -39,7 +38,6 @@ class Kind(ABC):
     n_splits: int
     tags: tuple[str, ...]
     unit: str
-    router_lr: float
     centre: Optional[float]
 
     # ------------------------------------------------------------------------------------------------------- settings

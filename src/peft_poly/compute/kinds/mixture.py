@@ -36,7 +36,6 @@ class Mixture(Kind):
     n_splits = 1
     tags = ("polytropon",)
     unit = "skill"
-    router_lr = 0.1
     centre = None
 
     # ------------------------------------------------------------------------------------------------------- settings
