@@ -34,6 +34,7 @@ from . import report
 from .plan import Plan, Result, Unit
 from .runs import Run, Source
 from .settings import FILMS, FILMS_QUICK, TENANTS, TENANTS_QUICK
+from .tenants import INTENTS
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {("films", False): FILMS, ("films", True): FILMS_QUICK, ("tenants", False): TENANTS,
@@ -45,6 +46,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("films", "tenants"), help="whose tastes or queues")
     parser.add_argument("--data", type=Path, help="tenants: folder of *.jsonl files, the schema of examples/data")
+    parser.add_argument("--files", nargs="+", default=list(INTENTS), help="tenants: patterns of files with intents")
     parser.add_argument("--model", default="", help="folder of a BERT-like encoder; empty for MiniLM from its package")
     parser.add_argument("--quick", action="store_true", help="one seed, nothing tuned: less than eight minutes")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread (default: 2)")
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    source = Source(args.data, args.model, args.outputs, SETTINGS[args.what, args.quick])
+    source = Source(args.data, args.model, args.outputs, SETTINGS[args.what, args.quick], tuple(args.files))
     try:
         run = Run(source)
     except (OSError, ValueError) as error:

@@ -26,15 +26,10 @@ from .lines import LINES, WAYS, Way
 from .plan import Result, Unit
 from .problem import Example, Examples, Problem, batches, cut, drawn, for_tuning
 from .settings import Settings
-from .tenants import make_tenants, read_messages
+from .tenants import INTENTS, make_tenants, read_messages
 
 __all__ = ["PROBLEMS", "Run", "Source"]
 
-PROBLEMS: dict[str, Callable[[Path | None], Problem]] = {
-    "films": lambda data: many_ratings(data or folder()),
-    "all films": lambda data: all_users(data or folder()),
-    "tenants": lambda data: make_tenants(read_messages(data or Path())),
-}
 Found = tuple[str, float, float, float, int]  # task, accuracy, auc, loss, numbers that learned
 
 
@@ -47,12 +42,21 @@ class Source:
         model: folder of the encoder; empty for MiniLM.
         outputs: folder for hidden states and trained adapters.
         settings: sizes.
+        files: of tenants, patterns of the files whose answers are intents.
     """
 
     data: Path | None
     model: str
     outputs: Path
     settings: Settings
+    files: tuple[str, ...] = INTENTS
+
+
+PROBLEMS: dict[str, Callable[[Source], Problem]] = {
+    "films": lambda source: many_ratings(source.data or folder()),
+    "all films": lambda source: all_users(source.data or folder()),
+    "tenants": lambda source: make_tenants(read_messages(source.data or Path(), source.files)),
+}
 
 
 class Run:
@@ -68,7 +72,7 @@ class Run:
         self._trained: dict[tuple[str, str, str, int, int], Learner] = {}  # the last one: many new tasks start from it
         names = dict.fromkeys(case.problem for case in self.settings.cases.values())
         most = max(case.rows for case in self.settings.cases.values())
-        self.problems = {name: cut(PROBLEMS[name](source.data), most, self.settings.tested) for name in names}
+        self.problems = {name: cut(PROBLEMS[name](source), most, self.settings.tested) for name in names}
         about = [dataclasses.astuple(problem) for problem in self.problems.values()]
         sizes = {name: asdict(self.settings)[name] for name in ("upper_layers", "max_length", "batch")}
         text = json.dumps([about, sizes, source.model], sort_keys=True)

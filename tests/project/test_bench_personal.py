@@ -80,7 +80,7 @@ def source(tmp_path_factory) -> Source:
 @pytest.fixture(scope="module")
 def run(source) -> Run:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(runs.PROBLEMS, "tenants", lambda data: make_tenants(read_messages(data), RULE))
+        patch.setitem(runs.PROBLEMS, "tenants", lambda source: make_tenants(read_messages(source.data), RULE))
         return Run(source)
 
 
@@ -368,7 +368,7 @@ class TestReport:
 
     def test_the_command_reports_what_is_done(self, plan, run, source, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(command.SETTINGS, ("tenants", False), TINY)
-        monkeypatch.setitem(runs.PROBLEMS, "tenants", lambda data: make_tenants(read_messages(data), RULE))
+        monkeypatch.setitem(runs.PROBLEMS, "tenants", lambda source: make_tenants(read_messages(source.data), RULE))
         (tmp_path / "tenants.csv").write_bytes(plan.store.path.read_bytes())
         where = ["--model", source.model, "--results", str(tmp_path), "--outputs", str(source.outputs)]
         command.main(["tenants", "--data", str(source.data), "--report-only", *where])
