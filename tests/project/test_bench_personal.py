@@ -260,7 +260,7 @@ def test_routing_learns_what_no_shared_lora_can(run, line):
     problem, scores = Problem(2, rows, rows, {}, {}), {}
     for name, rates in ((line, Rates(1e-2, 0.1, LINES[line].rates.scale)), (REFERENCE, Rates(1e-2, 0, 1))):
         learner = Learner(LINES[name], rates, run.features("all"), problem.tasks, 2, 0)
-        for _ in train(learner, batches([*rows["a"], *rows["b"]], 24, "x"), (150,), rates):
+        for _ in train(learner, batches([*rows["a"], *rows["b"]], 24, "x"), (100,), rates):
             scores[name] = fmean(right for _, right, *_ in runs.measure(learner, rows))
     assert scores[line] > 90
     assert scores[REFERENCE] == pytest.approx(50)  # one answer for each text, right for one of the two
@@ -298,7 +298,8 @@ class TestRuns:
                 assert rates in LINES[line].grid
             if like := LINES[line].like:
                 assert rates == plan.chosen("few", like)[0]
-            assert plan.chosen("all", line)[0] == rates  # the case takes those of the other
+            if line in plan.lines("all"):
+                assert plan.chosen("all", line)[0] == rates  # the case takes those of the other
 
     def test_the_setting_with_the_best_held_out_rows_is_chosen(self, plan):
         tried = {
