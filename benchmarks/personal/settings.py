@@ -69,4 +69,4 @@ FILMS = Settings(
 )
 FILMS_QUICK = Settings({"40 ratings": Case("films", 40)}, tested=30, steps=(200,), seeds=(0,), tune=False)
 TENANTS = Settings({"tenants": Case("tenants", new=True, cures=True)}, new_tuned=2, new_tested=4)
-TENANTS_QUICK = Settings({"tenants": Case("tenants")}, seeds=(0,), tune=False)
+TENANTS_QUICK = Settings({"tenants": Case("tenants")}, tested=30, steps=(200,), seeds=(0,), tune=False)
