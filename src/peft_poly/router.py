@@ -141,7 +141,22 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def grad_route(self, grad: torch.Tensor, w: torch.Tensor, p: Optional[torch.Tensor], noisy: bool) -> torch.Tensor:
-        """The gradient of z from that of the weights, both `(..., h, k)`; the rest as `route` took and gave it."""
+        """The gradient of z, `(..., h, k)`, from that of the weights.
+
+        Args:
+            grad: `(..., h, k)`.
+            w: what `route` gave.
+            p: the same.
+            noisy: whether it was given noise.
+        """
+
+    def logits_of_tasks(self) -> torch.Tensor:
+        """`module_logits`, `(n_tasks, columns)`; where names may be unknown, the row behind them is their mean."""
+        config: Optional[PolyConfig] = getattr(self, "config", None)
+        logits = self.module_logits
+        if self.training or config is None or config.unknown_task == "error":
+            return logits
+        return torch.cat([logits, logits.mean(dim=0, keepdim=True)])
 
     @abstractmethod
     def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -172,6 +187,7 @@ class PolyRouter(Router):
 
     def __init__(self, poly_config: PolyConfig) -> None:
         super().__init__()
+        self.config = poly_config  # its `unknown_task` may be set at any time
         self.poly_type = poly_config.poly_type
         self.n_skills = poly_config.n_skills
         self.n_splits = poly_config.n_splits
@@ -193,11 +209,16 @@ class PolyRouter(Router):
         return self._draw(*z.shape[:-1]) if self.samples else None
 
     def route(self, z: torch.Tensor, noise: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixing weights w, and the p before normalising: z `(..., h * k) -> (..., h, k)` twice, at least float32."""
+        """Mixing weights w and the p before normalising, `(..., h, k)`, at least float32.
+
+        Args:
+            z: `(..., h * k)`.
+            noise: `(..., h, k)`, or None for the sigmoid.
+        """
         return weigh(z.unflatten(-1, (self.n_splits, self.n_skills)), noise, self.temperature)
 
     def grad_route(self, grad: torch.Tensor, w: torch.Tensor, p: Optional[torch.Tensor], noisy: bool) -> torch.Tensor:
-        """`w (grad - sum_k grad w) (1 - p)`, by the temperature if noise was added; all `(..., h, k)`."""
+        """`w (grad - sum_k grad w) (1 - p)`, divided by the temperature if it was `noisy`; all `(..., h, k)`."""
         assert p is not None
         grad_z = w * grad
         grad_z.addcmul_(w, grad_z.sum(dim=-1, keepdim=True), value=-1)
@@ -221,7 +242,7 @@ class PolyRouter(Router):
         if task_ids is None:
             raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
         tasks = task_ids.reshape(-1).to(self.module_logits.device)
-        return route(self.module_logits, tasks, self.noise_for(tasks), self.temperature, self.n_splits)[0]
+        return route(self.logits_of_tasks(), tasks, self.noise_for(tasks), self.temperature, self.n_splits)[0]
 
     def noise_for(self, tasks: torch.Tensor) -> Optional[torch.Tensor]:
         """Noise for one draw per entry of `tasks`, `(g, h, k)`; None if this router does not sample now."""

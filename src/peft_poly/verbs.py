@@ -132,12 +132,16 @@ class TaskVerbs(_Tuner):
 
     # ---------------------------------------------------------------------------------------------- grow and shrink
     def add_tasks(
-        self, names: Union[Sequence[str], int], init: growth.Init = "mean", adapter_name: Optional[str] = None
+        self,
+        names: Union[Sequence[str], int],
+        init: growth.Init = "mean",
+        adapter_name: Optional[str] = None,
+        optimizer: Optional[torch.optim.Optimizer] = None,
     ) -> list[int]:
         """Append tasks: a router row each on every layer, and the config. What the model computes for the tasks it
         had stays bit-equal.
 
-        The router's parameters are new objects: make the optimizer afterwards, or make it anew.
+        The router's parameters are new objects: pass the optimizer that trains them, or make it anew.
 
         Args:
             names: the new tasks' names; for an adapter whose tasks have no names, how many to add.
@@ -145,36 +149,46 @@ class TaskVerbs(_Tuner):
                 task to copy, or `{task: weight}` for a weighted mean of their logits. With gates `"mean"` is exactly
                 the mean of what the known tasks compute, and `"uniform"` the shared LoRA.
             adapter_name: the adapter.
+            optimizer: what trains the router: it goes on with all that it has gathered about the known tasks, and has
+                gathered nothing about the new ones. A learning rate schedule that holds it goes on, too.
 
         Returns:
             The ids of the new tasks.
 
         Raises:
-            ValueError: a name is taken, repeated or empty; `init` is unknown; the adapter is merged.
+            ValueError: a name is taken, repeated or empty; `init` is unknown; the adapter is merged; the optimizer
+                trains no router, or keeps what has no row for each task. Nothing has changed then.
         """
         check_not_serving(self.task_context, "`add_tasks`")
         name = self._poly_name(adapter_name)
         layers = self._whole_layers(name, "grow").values()
         with onloaded(self.model, changed=True):
-            return growth.add_tasks(self._poly_config(name), name, layers, names, init)
+            return growth.add_tasks(self._poly_config(name), name, layers, names, init, optimizer)
 
-    def remove_tasks(self, tasks: Union[Task, Sequence[Task]], adapter_name: Optional[str] = None) -> None:
+    def remove_tasks(
+        self,
+        tasks: Union[Task, Sequence[Task]],
+        adapter_name: Optional[str] = None,
+        optimizer: Optional[torch.optim.Optimizer] = None,
+    ) -> None:
         """Delete tasks. The ids of the tasks behind them move up; names keep their meaning.
 
-        The router's parameters are new objects: make the optimizer afterwards, or make it anew.
+        The router's parameters are new objects: pass the optimizer that trains them, or make it anew.
 
         Args:
             tasks: name or id of one task, or a list of them.
             adapter_name: the adapter.
+            optimizer: what trains the router: it goes on with all that it has gathered about the tasks that stay.
 
         Raises:
-            ValueError: there is no such task; none would be left; it is the set task; the adapter is merged.
+            ValueError: there is no such task; none would be left; it is the set task; the adapter is merged; the
+                optimizer is refused as by `add_tasks`. Nothing has changed then.
         """
         check_not_serving(self.task_context, "`remove_tasks`")
         name = self._poly_name(adapter_name)
         layers = self._whole_layers(name, "shrink").values()
         with onloaded(self.model, changed=True):
-            growth.remove_tasks(self._poly_config(name), name, layers, tasks)
+            growth.remove_tasks(self._poly_config(name), name, layers, tasks, optimizer)
 
     def rename_task(self, old: Task, new: str, adapter_name: Optional[str] = None) -> None:
         """Give a task another name; its id and what it computes stay.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Union, cast
+from collections.abc import Iterable, Sequence
+from typing import Optional, Union, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from ..layer import PolyLayer
 from ..router import Router
 from ..tasks.context import TaskContext
 from ..tasks.ids import resolve_task
+from .optimizer_state import Change, carry_state, check_state
 
 __all__ = ["Init", "add_tasks", "remove_tasks", "rename_task"]
 
@@ -28,6 +29,7 @@ def add_tasks(
     layers: Iterable[PolyLayer],
     names: Union[Sequence[str], int],
     init: Init,
+    optimizer: Optional[torch.optim.Optimizer] = None,
 ) -> list[int]:
     """See `PolyModel.add_tasks`. Everything is checked before anything changes."""
     layers = list(layers)
@@ -35,19 +37,28 @@ def add_tasks(
     count = _check_new_names(config, adapter_name, names)
     weights = init_weights(init, config, adapter_name)
     first = config.n_tasks
+    if optimizer is not None:
+        check_state(optimizer, _logits(adapter_name, layers))
 
     def grown(logits: torch.Tensor) -> torch.Tensor:
         row = weights.to(logits) @ logits
         return torch.cat([logits, row.expand(count, -1)])
 
+    def padded(state: torch.Tensor) -> torch.Tensor:
+        return torch.cat([state, state.new_zeros(count, *state.shape[1:])])
+
     if config.task_names is not None:
         config.task_names = [*config.task_names, *cast(Sequence[str], names)]
-    _replace_rows(config, adapter_name, layers, first + count, grown)
+    _replace_rows(config, adapter_name, layers, first + count, grown, optimizer, padded)
     return list(range(first, first + count))
 
 
 def remove_tasks(
-    config: PolyConfig, adapter_name: str, layers: Iterable[PolyLayer], tasks: Union[Task, Sequence[Task]]
+    config: PolyConfig,
+    adapter_name: str,
+    layers: Iterable[PolyLayer],
+    tasks: Union[Task, Sequence[Task]],
+    optimizer: Optional[torch.optim.Optimizer] = None,
 ) -> None:
     """See `PolyModel.remove_tasks`. Everything is checked before anything changes."""
     layers = list(layers)
@@ -60,13 +71,15 @@ def remove_tasks(
             f"Removing {listed!r} would leave adapter {adapter_name!r} without a task. Use `delete_adapter` instead."
         )
     active = [layer for layer in layers if adapter_name in layer.active_adapters]  # the set task is one of theirs
+    if optimizer is not None:
+        check_state(optimizer, _logits(adapter_name, layers))
     contexts = {id(layer.task_context): layer.task_context for layer in active}.values()
     defaults = [_default_after(context, config, adapter_name, kept) for context in contexts]
     for context, default in zip(contexts, defaults, strict=True):
         context.default = default
     if config.task_names is not None:
         config.task_names = [config.task_names[task] for task in kept]
-    _replace_rows(config, adapter_name, layers, len(kept), lambda logits: logits[kept].clone())
+    _replace_rows(config, adapter_name, layers, len(kept), lambda rows: rows[kept].clone(), optimizer)
 
 
 def rename_task(config: PolyConfig, adapter_name: str, context: TaskContext | None, old: Task, new: str) -> None:
@@ -139,18 +152,30 @@ def _default_after(context: TaskContext, config: PolyConfig, adapter_name: str, 
     return kept.index(task) if isinstance(context.default, int) else context.default
 
 
+def _routers(adapter_name: str, layers: list[PolyLayer]) -> list[Router]:
+    routers = {id(layer.poly_router[adapter_name]): layer.poly_router[adapter_name] for layer in layers}
+    return cast(list[Router], list(routers.values()))
+
+
+def _logits(adapter_name: str, layers: list[PolyLayer]) -> list[nn.Parameter]:
+    return [router.module_logits for router in _routers(adapter_name, layers)]
+
+
 def _replace_rows(
     config: PolyConfig,
     adapter_name: str,
     layers: list[PolyLayer],
     n_tasks: int,
-    change: Callable[[torch.Tensor], torch.Tensor],
+    change: Change,
+    optimizer: Optional[torch.optim.Optimizer] = None,
+    change_state: Optional[Change] = None,
 ) -> None:
-    routers = {id(layer.poly_router[adapter_name]): layer.poly_router[adapter_name] for layer in layers}
-    for router in cast(Iterable[Router], routers.values()):
+    for router in _routers(adapter_name, layers):
         old = router.module_logits
         with lasting():
             router.module_logits = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
+        if optimizer is not None:
+            carry_state(optimizer, old, router.module_logits, change_state or change)
     for layer in layers:
         layer.n_tasks[adapter_name] = n_tasks
     config.n_tasks = n_tasks

@@ -27,8 +27,10 @@ __all__ = ["Path", "choose_path"]
 Path = Callable[[Adapted, torch.Tensor, list[str], Optional[TaskBatch], int, tuple, dict[str, Any]], torch.Tensor]
 
 
-def choose_path(layer: Adapted, x: torch.Tensor, active: list[str]) -> Path:
+def choose_path(layer: Adapted, x: torch.Tensor, active: list[str], batch: Optional[TaskBatch] = None) -> Path:
     """The way to compute `layer(x)` with the adapters in `active`."""
+    if batch is not None and batch.unknown:
+        return plain  # it asks the router, which knows the mean of its rows
     if torch.compiler.is_compiling() or is_transformed() or type(x) not in PLAIN_TENSORS:
         return plain
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which refuses the meta device

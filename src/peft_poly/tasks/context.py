@@ -22,7 +22,7 @@ import torch
 from ..config import PolyConfig
 from .batch import TaskBatch
 from .entries import Entries, Entry
-from .ids import TaskIds, no_task_message, resolve_task, resolve_tasks
+from .ids import TaskIds, no_task_message, resolve_task, resolve_tasks, unknown_message, unknown_name
 
 __all__ = ["ALIVE", "TaskContext"]
 
@@ -61,12 +61,22 @@ class TaskContext:
 
     def resolve(self, task_ids: TaskIds, adapters: Iterable[str], n_rows: Optional[int] = None) -> TaskBatch:
         """Check `task_ids` against every adapter in `adapters`; see `resolve_tasks` for what is accepted and raised."""
-        ids, uniform = {}, {}
+        ids, uniform, unknown = {}, {}, {}
         for name in adapters:
             ids[name], uniform[name] = resolve_tasks(task_ids, self.configs[name], name, n_rows)
+            if (stranger := unknown_name(task_ids, self.configs[name])) is not None:
+                unknown[name] = stranger
             if name in self.merged:
                 self._check_merged(name, ids[name])
-        return TaskBatch(task_ids, ids, uniform)
+        return TaskBatch(task_ids, ids, uniform, unknown)
+
+    def check_known(self, batch: TaskBatch) -> None:
+        """Raise for names that the adapters do not have, which only evaluation lets in."""
+        for name, task in batch.unknown.items():
+            raise ValueError(
+                f"{unknown_message(task, self.configs[name], name)} `unknown_task='mean'` answers for it in eval mode; "
+                "to train it, add it with `add_tasks` first."
+            )
 
     def _check_merged(self, name: str, ids: torch.Tensor) -> None:
         task, config = self.merged[name], self.configs[name]
@@ -93,7 +103,9 @@ class TaskContext:
         entry = self._entry()
         if entry is not None and entry.batch is not None:
             anew = [name for name in adapters if name not in entry.batch.ids or name in self.merged]
-            return self.resolve(entry.batch.given, adapters, n_rows) if anew else entry.batch
+            if anew or (entry.batch.unknown and not entry.batch.in_call):  # they may have been added since
+                return self.resolve(entry.batch.given, adapters, n_rows)
+            return entry.batch
         default = self.default if entry is None or entry.default is None else entry.default
         recomputes = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if default is not None and not (recomputes and entry is None):

@@ -1,4 +1,4 @@
-"""What transformers' `Trainer` learns about tasks: columns it keeps, the names of checkpoints, ids of evaluated rows.
+"""What transformers' `Trainer` learns: columns it keeps, names of checkpoints, ids of evaluated rows, two rates.
 
 The lessons are wrappers of its methods, put on by `registration.py`; for a model that is not task-routed they pass
 straight through. They spare the base model a `forward` with another signature, which copying, compiling, unloading,
@@ -8,6 +8,7 @@ replicas on other devices and the checks of `generate` would all meet.
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,16 +19,20 @@ import torch
 
 from ..checkpoints.loading import check_task_names, difference
 from ..config import PolyConfig
+from ..layer import PolyLayer
 from ..model import PolyModel, tuner_of
 from ..tasks.ids import resolve_task
 from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, check_columns, tasks_of
 from .metrics import PerTaskMetrics
+from .optimizer import poly_parameter_groups
 
 __all__ = ["LESSONS"]
 
 # Trainers of TRL: those that compare the model with a reference or with itself, and those that make its inputs.
 COMPARING = {"DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer"}
 GENERATING = {"GRPOTrainer", "RLOOTrainer"}
+OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")  # names in `OptimizerNames` that begin so
+logger = logging.getLogger(__name__)
 
 
 def _tuner_of(trainer: Any) -> Optional[PolyModel]:
@@ -246,11 +251,77 @@ def _settling(method: Callable) -> Callable:
     return wrapper
 
 
+def _with_two_rates(method: Callable) -> Callable:
+    """An optimizer that nobody gave is that of `create_poly_optimizer`, made by the `Trainer`'s own code."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args and args[0] is not None else kwargs.get("model")
+        model = self.model if model is None else model
+        given = self.optimizer_cls_and_kwargs
+        theirs = self.optimizer is not None or (given is not None and _groups_by_itself(*given))
+        if theirs or not any(isinstance(module, PolyLayer) for module in model.modules()):
+            return method(self, *args, **kwargs)
+        if given is None:
+            _check_optim(str(getattr(self.args.optim, "value", self.args.optim)))
+        cls, settings = given or self.get_optimizer_cls_and_kwargs(self.args, model)
+        groups = poly_parameter_groups(
+            model, lr=settings.get("lr", self.args.learning_rate), weight_decay=self.args.weight_decay
+        )
+        self.optimizer_cls_and_kwargs = cls, {**settings, "params": groups}
+        try:
+            made = method(self, *args, **kwargs)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+        rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in groups)
+        logger.info("%s has the learning rates: %s", type(made).__name__, rates)
+        return made
+
+    return wrapper
+
+
+def _groups_by_itself(cls: Any, settings: dict[str, Any]) -> bool:
+    """A factory is called with the model, and is no class of optimizers."""
+    return "params" in settings or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer))
+
+
+def _check_optim(optim: str) -> None:
+    """Some optimizers sort the parameters themselves, or step inside of the backward."""
+    if optim.startswith(OWN_GROUPS):
+        raise ValueError(
+            f"`optim={optim!r}` makes its own groups of parameters, so that the router cannot have a learning rate of "
+            "its own. Choose another, such as 'adamw_torch', or pass the one that you want as `optimizers=`."
+        )
+
+
+def _checking_deepspeed(method: Callable) -> Callable:
+    """An `optimizer` in DeepSpeed's config is made by DeepSpeed, with one rate for all."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        tuner = _tuner_of(self)
+        if tuner is not None and plugin is not None and "optimizer" in plugin.deepspeed_config:
+            rates = {config.effective_router_lr for config in _active_configs(tuner).values()}
+            if rates - {self.args.learning_rate}:
+                raise ValueError(
+                    "The `optimizer` in the config of DeepSpeed has one learning rate for all parameters, and the "
+                    f"router is to learn at {', '.join(f'{rate:g}' for rate in sorted(rates))}. Take `optimizer` out "
+                    "of that config: the Trainer then makes the one that `optim` names; or set `router_lr` of the "
+                    f"PolyConfig to the one rate, {self.args.learning_rate:g}."
+                )
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
 LESSONS: dict[str, Callable[[Callable], Callable]] = {
     "__init__": _settling,
     "_remove_unused_columns": _keeping_columns,
     "_get_collator_with_removed_columns": _keeping_columns,
     "evaluation_loop": _handing_ids,
+    "create_optimizer": _with_two_rates,
+    "train": _checking_deepspeed,
     "_load_from_checkpoint": _checking_checkpoint,
     "_load_best_model": _loading_best,
     "_load_optimizer_and_scheduler": _checking_checkpoint,  # DeepSpeed loads without the first

@@ -41,6 +41,7 @@ class GateRouter(Router):
 
     def __init__(self, poly_config: PolyConfig) -> None:
         super().__init__()
+        self.config = poly_config  # its `unknown_task` may be set at any time
         self.poly_type = poly_config.poly_type
         self.n_splits = 1
         self.n_skills = poly_config.r
@@ -78,7 +79,7 @@ class GateRouter(Router):
         if task_ids is None:
             raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
         tasks = task_ids.reshape(-1).to(self.module_logits.device)
-        return self.route(torch.embedding(self.module_logits, tasks), None)[0]
+        return self.route(torch.embedding(self.logits_of_tasks(), tasks), None)[0]
 
 
 class Gates(Kind):
@@ -91,7 +92,6 @@ class Gates(Kind):
     weights = "gates"
     n_skills = 1
     n_splits = 1
-    router_lr = 0.03
     centre = 1.0
 
     # ------------------------------------------------------------------------------------------------------- settings

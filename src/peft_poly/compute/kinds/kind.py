@@ -27,7 +27,6 @@ class Kind(ABC):
     Attributes:
         name: the value of `PolyConfig.poly_type`.
         n_skills, n_splits: what the config has where they were not given.
-        router_lr: the recommended learning rate of the router.
         tags: of its model cards.
         unit: what a weight is one of, for tables and pictures.
         weight, weights: what tables and pictures call one weight, and all of a task.
@@ -42,7 +41,6 @@ class Kind(ABC):
     unit: str
     weight: str
     weights: str
-    router_lr: float
     centre: Optional[float]
 
     # ------------------------------------------------------------------------------------------------------- settings

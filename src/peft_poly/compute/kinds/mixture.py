@@ -42,7 +42,6 @@ class Mixture(Kind):
     unit = "skill"
     weight = "weight"
     weights = "mixing weights"
-    router_lr = 0.1
     centre = None
 
     # ------------------------------------------------------------------------------------------------------- settings

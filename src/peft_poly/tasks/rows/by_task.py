@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .batch import TaskBatch
-from .choosing import task_contexts
+from ..batch import TaskBatch
+from ..choosing import task_contexts
 
 __all__ = ["let_attention_compute_by_task"]
 

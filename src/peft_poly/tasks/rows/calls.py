@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .batch import TaskBatch, current_generation, wrong_rows_message
-from .context import TaskContext
+from ..batch import TaskBatch, current_generation, wrong_rows_message
+from ..context import TaskContext
+from ..ids import ROW_ARGUMENTS, rows_of_call
 from .following import Following
-from .ids import ROW_ARGUMENTS, rows_of_call
 
 __all__ = ["LOST", "follow_calls", "place_of_rows", "stop_following"]
 
