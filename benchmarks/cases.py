@@ -1,169 +1,135 @@
-"""What is measured, one row of figures a case, and the bars that the figures are held against."""
+"""What is measured, and the bars that are held against it: one case is some work, done in turn by several variants."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-import torch
+from .variants import KINDS
 
-from .measuring import median_ratio, paired, peak_bytes, saved_bytes
-from .models import SHAPES, make_inputs, make_task_ids
-from .variants import Variant, make_variants
+__all__ = ["SETS", "Bar", "Case", "Claim", "bars"]
 
-__all__ = ["BARS", "FULL", "QUICK", "Case", "Row", "measure", "variants_of"]
 
-Row = dict[str, Any]
+@dataclass(frozen=True)
+class Bar:
+    """The most that `variant` may cost, as a part of what `against` costs.
 
-# The most that a figure may be; `merged` has the noise of a ratio of two equal models.
-BARS = {
-    "decode": {"ours/lora": 0.92, "ours/poly": 0.72},
-    "eval": {"ours/lora": 0.98},
-    "train": {"ours/lora": 1.05, "ours/poly": 0.90},
-    "saved": {"ours/lora": 1.02},
-    "merged": {"ours/base": 1.03},
-    "cost": {"ours/lora": 1.0},
-    "cost of decoding": {"ours/lora": 1.0},
-}
-DIFFERENCE = 1e-4  # the most that outputs may differ from those of PEFT's own Poly
+    Bytes count above the bare model's. `against` may be `one task`: the variant's own cost for a batch of one task.
+    """
+
+    variant: str
+    against: str
+    most: float
+
+
+def bars(variants: str, **most: float) -> tuple[Bar, ...]:
+    """Equal bars of several variants: `bars("poly mhr", lora=0.98, upstream=0.72)`."""
+    return tuple(
+        Bar(variant, f"upstream {variant}" if name == "upstream" else name.replace("_", " "), value)
+        for name, value in most.items()
+        for variant in variants.split()
+    )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of figures.
+    """Some work, and who does it.
 
     Attributes:
-        mode: decode, eval, train, saved (bytes kept for the backward), peak (bytes allocated), merged, cost (one token
-            of one row in a model so small that Python is most of it) or cost of decoding (the same in `generate`).
-        model: a key of `SHAPES`.
+        mode: decode (24 tokens, greedy), forward (no gradients), train (a step), saved (bytes kept for the backward)
+            or peak (bytes allocated at once).
+        rivals: the variants beside the bare model and ours.
+        bars: what is held against the figures.
+        model: a key of `models.SHAPES`.
         rows: of the batch.
         length: tokens of a row; of the prompt when decoding.
-        ids: one, few, distinct or mixed tasks in the batch.
-        r, skills, splits, tasks: of the adapters.
+        distinct: tasks in the batch.
+        tasks: of the adapter.
+        r, skills, splits: of the adapters.
+        kinds: of ours.
+        serving: within `model.serving()`, ours alone.
+        beside_one: measure each variant with a batch of one task too, as `one task`.
     """
 
     mode: str
+    rivals: tuple[str, ...] = ()
+    bars: tuple[Bar, ...] = ()
     model: str = "t5-small"
     rows: int = 8
     length: int = 32
-    ids: str = "mixed"
+    distinct: int = 8
+    tasks: int = 64
     r: int = 8
     skills: int = 8
     splits: int = 4
-    tasks: int = 16
+    kinds: tuple[str, ...] = KINDS
+    serving: bool = False
+    beside_one: bool = False
+
+    def __str__(self) -> str:
+        shape = "" if self.model == "t5-small" else f", {self.model}"
+        tasks = f"{self.distinct} of {self.tasks:,} tasks"
+        return f"{self.mode}{' in serving' if self.serving else ''}{shape}, {self.rows:,} x {self.length}, {tasks}"
+
+    @property
+    def sizes(self) -> str:
+        return f"r {self.r}, {self.skills} skills, {self.splits} splits"
 
 
-T5 = Case("eval")
-# The table of figures that the algorithm was chosen by.
+@dataclass(frozen=True)
+class Claim:
+    """A bar and what was measured; None: this version cannot do it yet."""
+
+    what: str
+    variant: str
+    against: str
+    measured: float | None
+    most: float
+
+    @property
+    def verdict(self) -> str:
+        if self.measured is None:
+            return "to come"
+        return "hit" if self.measured <= self.most else f"miss by {self.measured - self.most:.2f}"
+
+
+UPSTREAM = ("upstream poly", "upstream mhr")
+ONE_TASK = {"distinct": 1}
+# What must be shown, each with its bar. Differences of a ratio of equal models are noise: hence 1.03 of a merged one.
 QUICK = [
-    replace(T5, mode="decode", ids="distinct"),
-    replace(T5, mode="decode", ids="distinct", rows=1),
-    replace(T5, mode="decode", ids="one"),
-    T5,
-    replace(T5, length=128),
-    replace(T5, mode="train"),
-    Case("saved", "linear-2048"),
-    Case("saved"),
-    Case("peak"),
-    Case("merged", ids="one"),
-    Case("cost", "tiny-64x24", rows=1, length=1, ids="one"),
-    Case("cost of decoding", "tiny-64x24", rows=1, length=1, ids="one"),
+    Case("decode", ("lora", "adapters"), bars("poly mhr", adapters=0.56, lora=0.98) + bars("gates", lora=1.0)),
+    Case("forward", ("lora", "adapters"), bars("poly mhr", adapters=0.78, lora=1.02) + bars("gates", lora=1.0)),
+    Case("decode", ("lora", *UPSTREAM), bars("poly mhr", lora=0.95, upstream=0.72), **ONE_TASK),
+    Case("forward", ("lora", "merged"), bars("merged", base=1.03), **ONE_TASK),
+    Case("forward", ("lora",), bars("poly mhr", lora=0.98), serving=True, **ONE_TASK),
+    Case("forward", ("lora",), bars("poly mhr", lora=0.98), serving=True, rows=1, length=1, **ONE_TASK),
+    Case("train", ("lora", *UPSTREAM), bars("poly mhr", lora=1.02, upstream=0.88) + bars("gates", lora=1.05)),
+    Case("saved", ("lora", *UPSTREAM), bars("poly mhr", lora=1.02) + bars("gates", lora=1.03)),
+    Case("train", ("lora",), bars("poly", lora=1.15) + bars("mhr", lora=1.20) + bars("gates", lora=1.08), "llama-64x4"),
+    Case("forward", (), bars("gates", one_task=1.05), rows=1000, length=1, distinct=1000, tasks=1000,
+         kinds=("gates",), beside_one=True),
+]  # fmt: skip
+# The same work by everyone: batches of several tasks of few and of many. Of the LoRAs only those in use are loaded.
+SAME_WORK = [
+    Case(mode, (*(("merged",) if distinct == 1 else ()), "lora", "adapters", "upstream mhr"), (), rows=32, length=8,
+         distinct=distinct, tasks=tasks)
+    for tasks in (64, 1000) for mode in ("decode", "forward") for distinct in (1, 2, 8, 32)
+]  # fmt: skip
+IN_SERVING = [
+    replace(case, serving=True, rivals=("lora",)) for case in SAME_WORK if case.mode == "forward" and case.tasks == 64
 ]
+PLAIN = ("lora", *UPSTREAM)
 SHAPES_TOO = [
-    Case(mode, model, length=length)
+    Case(mode, PLAIN, (), model, length=length)
     for model in ("bert-384x6", "llama-1024x4", "linear-256", "linear-768", "linear-2048")
-    for mode, length in (("eval", 32), ("eval", 128), ("train", 32), ("train", 128), ("saved", 32), ("peak", 32))
+    for mode, length in (("forward", 32), ("forward", 128), ("train", 32), ("train", 128), ("saved", 32), ("peak", 32))
 ]
-LLAMA_DECODES = [
-    Case("decode", "llama-1024x4", rows, ids=ids) for rows, ids in ((1, "one"), (8, "distinct"), (8, "one"))
-]
+SMALL = [Case(mode, PLAIN, (), "llama-64x24", rows=1, length=1, distinct=1) for mode in ("decode", "forward")]
 SIZES = [
-    replace(T5, mode=mode, **change)
-    for mode in ("eval", "train")
+    replace(Case(mode, PLAIN), **change)
+    for mode in ("forward", "train")
     for change in (
-        {"r": 4}, {"r": 16}, {"skills": 4}, {"skills": 16}, {"splits": 1}, {"splits": 8}, {"tasks": 8}, {"tasks": 64},
-        {"ids": "one"}, {"ids": "few"}, {"ids": "distinct"}, {"rows": 1}, {"rows": 32},
+        {"r": 4}, {"r": 16}, {"skills": 4}, {"skills": 16}, {"splits": 8}, {"length": 128}, {"rows": 1, "distinct": 1},
+        {"rows": 32, "distinct": 32},
     )
 ]  # fmt: skip
-DECODES = [replace(T5, mode="decode", ids=ids, **change) for ids, change in (
-    ("few", {}), ("mixed", {"rows": 32}), ("distinct", {"r": 4}), ("distinct", {"r": 16}), ("distinct", {"tasks": 64}),
-)]  # fmt: skip
-FULL = list(dict.fromkeys([*QUICK, *DECODES, *LLAMA_DECODES, *SHAPES_TOO, *SIZES]))
-
-
-def measure(case: Case, rounds: int, budget: float, variants: dict[str, Variant]) -> Row:
-    """The figures of a case: ratios, the bare model's milliseconds or megabytes, and the load of the machine."""
-    row: Row = {**asdict(case), "load": round(os.getloadavg()[0], 1)}
-    for variant in variants.values():
-        variant.model.train(case.mode in ("train", "saved", "peak"))
-    if case.mode == "merged":
-        for name in ("lora", "ours"):
-            variants[name].model.merge_adapter(**({"task": case.tasks - 1} if name == "ours" else {}))
-    functions = {name: _function(case, variant) for name, variant in variants.items()}
-    if case.mode == "merged":
-        del functions["poly"]  # cannot be merged
-    try:
-        row |= (
-            _bytes(case, variants, functions) if case.mode in ("saved", "peak") else _times(functions, rounds, budget)
-        )
-        if case.mode in ("eval", "decode", "cost", "cost of decoding"):
-            row["difference"] = (functions["ours"]().float() - functions["poly"]().float()).abs().max().item()
-    finally:
-        if case.mode == "merged":
-            variants["lora"].model.unmerge_adapter()
-            variants["ours"].model.unmerge_adapter()
-    return row
-
-
-def _times(functions: dict[str, Callable[[], Any]], rounds: int, budget: float) -> Row:
-    times = paired(functions, rounds, budget)
-    middle = sorted(times["base"])[len(times["base"]) // 2]
-    row: Row = {"rounds": len(times["base"]), "base": round(1000 * middle, 3), "unit": "ms"}
-    for one, other in (("lora", "base"), ("poly", "lora"), ("ours", "base"), ("ours", "lora"), ("ours", "poly")):
-        if one in times and other in times:
-            row[f"{one}/{other}"] = round(median_ratio(times, one, other), 3)
-    return row
-
-
-def _bytes(case: Case, variants: dict[str, Variant], functions: dict[str, Callable[[], Any]]) -> Row:
-    """Megabytes above those of the bare model, as ratios."""
-    held = {}
-    for name, function in functions.items():
-        parameters = list(variants[name].model.parameters())
-        held[name] = saved_bytes(function, parameters) if case.mode == "saved" else peak_bytes(function)
-    above = {name: size - held["base"] for name, size in held.items()}
-    row: Row = {"rounds": 1, "base": round(held["base"] / 1e6, 2), "unit": "MB", "lora above": above["lora"] / 1e6}
-    for one, other in (("poly", "lora"), ("ours", "lora"), ("ours", "poly")):
-        row[f"{one}/{other}"] = round(above[one] / above[other], 3)
-    return row
-
-
-def _function(case: Case, variant: Variant) -> Callable[[], Any]:
-    """What is timed: a call without arguments."""
-    ids, inputs = make_task_ids(case.ids, case.rows, case.tasks), make_inputs(case.model, case.rows, case.length)
-    if case.mode == "merged" and variant.routed:
-        ids = ids[:1].expand(case.rows)
-    if case.mode.startswith(("decode", "cost of")):
-        inputs.pop("decoder_input_ids", None)
-        tokens = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
-        return lambda: variant.generate(ids, **inputs, **tokens)
-
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return variant(ids, **inputs)
-
-    def step() -> None:
-        variant(ids, **inputs).float().square().mean().backward()
-        for parameter in variant.model.parameters():
-            parameter.grad = None
-
-    if not SHAPES[case.model].size:
-        return step if case.mode in ("train", "saved", "peak") else forward
-    x = inputs["x"].requires_grad_()
-    return (lambda: (step(), setattr(x, "grad", None))) if case.mode in ("train", "saved", "peak") else forward
-
-
-def variants_of(case: Case) -> dict[str, Variant]:
-    return make_variants(case.model, case.r, case.skills, case.splits, case.tasks)
+SETS = {"quick": QUICK, "same-work": [*SAME_WORK, *IN_SERVING], "shapes": [*SMALL, *SHAPES_TOO, *SIZES]}

@@ -1,10 +1,10 @@
 """The same comparison on a GPU, in half precision: `python -m benchmarks.gpu [--docs docs/benchmarks/speed.md]`.
 
-A Llama of the 1B shape in bfloat16, attention and MLP adapted, against the bare model, PEFT's LoRA and PEFT's own Poly:
-milliseconds of decoding, of an eval forward and of a training step, as ratios of medians taken in turn; kernels that an
-adapted layer launches above the bare one; whether a forward waits for the device; whether a decoding step can be
-captured as a CUDA graph; the ratio under `torch.compile`. On a machine without a GPU, `--device cpu --tiny` shows that
-it runs: operations stand for kernels, and what is CUDA's alone is left out.
+A Llama of the 1B shape in bfloat16, all linear layers adapted, 64 rows of 1, 8 and 64 distinct tasks: tokens a second
+of decoding, of a forward (in `serving` too), of a training step, of one token as a replayed CUDA graph and of a forward
+under `torch.compile`, in turn; operators and kernels of an adapted layer; whether a forward waits for the device. One
+run takes six minutes of one card (`--seconds`): what no time is left for is left out, and said. Without a GPU,
+`--device cpu --tiny` shows that it runs; what is CUDA's alone is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import argparse
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from rich.console import Console
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from . import results
-from .measuring import median_ratio, paired
-from .models import VOCAB, make_task_ids
-from .variants import Variant, variants_on
+from . import launches, results
+from .measuring import median, paired
+from .models import LINEARS, VOCAB, make_task_ids
+from .variants import KINDS, Variant, Variants, kinds_here
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-COLUMNS = ["what", "base", "lora/base", "poly/lora", "ours/base", "ours/lora", "ours/poly"]
+NAMES = ("base", "merged", "lora", "adapters", "upstream mhr", *KINDS)
+COLUMNS = ["work", *NAMES]
+TOKENS = 8  # to decode; `adapters` with 64 tasks launches 640 operators a layer for each
+DISTINCT = (1, 8, 64)
 
 
 def llama_1b(tiny: bool) -> nn.Module:
@@ -50,134 +53,195 @@ class Bench:
     """The variants on their device, and a batch for them."""
 
     def __init__(self, device: str, tiny: bool, rows: int, length: int) -> None:
-        self.device = torch.device(device)
+        self.device, self.rows = torch.device(device), rows
         self.cuda = self.device.type == "cuda"
+        torch.manual_seed(0)
         base = llama_1b(tiny).to(self.device, torch.bfloat16)
-        self.variants: dict[str, Variant] = variants_on(base, LINEARS, "CAUSAL_LM", r=8, skills=8, splits=4, tasks=16)
-        self.n_adapted = sum(isinstance(module, nn.Linear) for module in base.modules()) - 1  # all but the head
+        self.variants = Variants(base, LINEARS, "CAUSAL_LM", tasks=max(DISTINCT), to_the_bottom=False)
+        self.layers = len(LINEARS) * base.config.num_hidden_layers
         tokens = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(3)).to(self.device)
         self.inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        self.ids = make_task_ids("distinct", rows, 16).to(self.device)
+
+    def ids(self, distinct: int) -> torch.Tensor:
+        return make_task_ids(self.rows, distinct, max(DISTINCT)).to(self.device)
 
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def call(self, variant: Variant, mode: str) -> Callable[[], Any]:
+    def call(self, variant: Variant, mode: str, distinct: int) -> Callable[[], Any]:
         """What is timed, device time included."""
+        ids = self.ids(distinct)
         variant.model.train(mode == "train")
 
         def decode() -> None:
-            variant.generate(self.ids, **self.inputs, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+            variant.generate(ids, **self.inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
             self.wait()
 
         @torch.no_grad()
         def forward() -> None:
-            variant(self.ids, **self.inputs)
+            variant(ids, **self.inputs)
             self.wait()
 
         def step() -> None:
-            variant(self.ids, **self.inputs).float().square().mean().backward()
             for parameter in variant.model.parameters():
                 parameter.grad = None
+            output = variant(ids, **self.inputs)
+            if output.requires_grad:  # all but the bare model's
+                output.float().square().mean().backward()
             self.wait()
 
-        return {"decode": decode, "eval": forward, "train": step}[mode]
+        return {"decode": decode, "forward": forward, "train": step}[mode]
 
-    def ratios(self, mode: str, variants: dict[str, Variant], rounds: int, budget: float) -> dict[str, Any]:
-        functions = {name: self.call(variant, mode) for name, variant in variants.items()}
+    def row(self, mode: str, distinct: int, names: Sequence[str], rounds: int, budget: float, serving: bool = False):
+        """Tokens a second of each variant, from medians of times that were taken in turn."""
+        chosen = [self.variants[name] for name in names]
+        with ExitStack() as stack:
+            for variant in chosen if serving else ():
+                stack.enter_context(variant.serving())
+            functions = {variant.name: self.call(variant, mode, distinct) for variant in chosen}
+            tokens = self.rows * TOKENS if mode == "decode" else self.inputs["input_ids"].numel()
+            work = f"{mode}{' in serving' if serving else ''}, {distinct} task{'s' if distinct > 1 else ''}"
+            return self.rates(work, tokens, functions, rounds, budget)
+
+    @staticmethod
+    def rates(
+        work: str, tokens: int, functions: dict[str, Callable[[], Any]], rounds: int, budget: float
+    ) -> dict[str, str]:
         times = paired(functions, rounds, budget, clock=time.perf_counter)
-        row: dict[str, Any] = {"what": mode, "base": f"{1000 * sorted(times['base'])[len(times['base']) // 2]:.2f} ms"}
-        for one, other in (pair.split("/") for pair in COLUMNS[2:]):
-            known = one in times and other in times
-            row[f"{one}/{other}"] = f"{median_ratio(times, one, other):.3f}" if known else ""
-        return row
+        return {"work": f"{work}: tokens/s", **{name: f"{tokens / median(taken):.0f}" for name, taken in times.items()}}
 
-    def launches(self) -> dict[str, Any]:
-        """Kernels (without a GPU: operations) of an eval forward above the bare model's, for each adapted layer."""
-        counts = {}
-        for name, variant in self.variants.items():
-            forward = self.call(variant, "eval")
+    def operators(self) -> Iterator[dict[str, str]]:
+        """Operators of an adapted layer above the bare model's, exact; 8 rows, as in `launches`."""
+        inputs = {name: tensor[:8] for name, tensor in self.inputs.items()}
+        for work, of in launches.counts(self.variants, inputs, self.layers).items():
+            if of:
+                yield {"work": f"operators a layer, {work}", **{name: f"{of[name]:.1f}" for name in of}}
+
+    def kernels(self, names: Sequence[str]) -> dict[str, str]:
+        """Kernels, copies and fills that the device ran in a forward, per adapted layer above the bare model's."""
+        ran = {}
+        for name in names:
+            forward = self.call(self.variants[name], "forward", DISTINCT[1])
             forward()
-            with profile(activities=[ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU]) as profiler:
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 forward()
-            counts[name] = sum(event.count for event in profiler.key_averages())
-        above = {name: (count - counts["base"]) / self.n_adapted for name, count in counts.items()}
-        what = "kernels" if self.cuda else "operations"
-        shown = {f"{one}/{other}": "" for one, other in (pair.split("/") for pair in COLUMNS[2:])}
-        shown |= {"lora/base": f"+{above['lora']:.1f}", "ours/base": f"+{above['ours']:.1f}"}
-        shown["poly/lora"] = f"{above['poly'] / above['lora']:.2f}"
-        return {"what": f"{what} of a layer", "base": str(counts["base"]), **shown}
+            ran[name] = sum(event.count for event in profiler.key_averages())
+        above = {name: f"{(ran[name] - ran['base']) / self.layers:.1f}" for name in names if name != "base"}
+        return {"work": f"kernels a layer, forward, {DISTINCT[1]} tasks", **above}
 
-    def without_waiting(self) -> str:
-        """Whether an eval forward and a training step of ours never wait for the device."""
-        ours = self.variants["ours"]
-        for mode in ("eval", "train"):
-            self.call(ours, mode)()
+    def without_waiting(self, name: str) -> str:
+        """Whether a forward and a training step of ours never wait for the device; raises where they do."""
+        ours, ids = self.variants[name], self.ids(DISTINCT[1])
+        for mode in ("forward", "train"):
+            self.call(ours, mode, DISTINCT[1])()
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.no_grad():
-                ours.model.eval()(**self.inputs, task_ids=self.ids)
-            ours.model.train()(**self.inputs, task_ids=self.ids).logits.float().mean().backward()
+                ours.model.eval()(**self.inputs, task_ids=ids)
+            ours.model.train()(**self.inputs, task_ids=ids).logits.float().mean().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        return "a forward and a training step of ours never wait for the device"
+        return f"{name}: a forward and a training step never wait for the device"
 
     @torch.no_grad()
-    def captured(self) -> str:
-        """One token of each row as a CUDA graph, whose replay must give what the call gives."""
-        model = self.variants["ours"].model.eval()
-        token = self.inputs["input_ids"][:, :1].clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with model.use_task(self.ids):
+    def captured(self, names: Sequence[str], rounds: int, budget: float) -> tuple[dict[str, str], list[str]]:
+        """One token of each row as a CUDA graph: tokens a second of replays, and that they give what the call gives."""
+        token, ids, replays, notes = self.inputs["input_ids"][:, :1].clone(), self.ids(DISTINCT[1]), {}, []
+        for name in names:
+            variant, stream = self.variants[name], torch.cuda.Stream()
+            variant.model.eval()
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    expected = model(input_ids=token, use_cache=False).logits
+                    expected = variant(ids, input_ids=token, use_cache=False)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                logits = model(input_ids=token, use_cache=False).logits
-        graph.replay()
-        self.wait()
-        return f"captured as a CUDA graph; its replay differs by {(logits - expected).abs().max().item():.1e}"
+                logits = variant(ids, input_ids=token, use_cache=False)
+            graph.replay()
+            self.wait()
+            notes.append(f"{name}: a replayed CUDA graph differs by {(logits - expected).abs().max().item():.1e}")
+            replays[name] = lambda graph=graph: (graph.replay(), self.wait())
+        return self.rates(f"one token as a CUDA graph, {DISTINCT[1]} tasks", self.rows, replays, rounds, budget), notes
+
+    def compiled(self, names: Sequence[str], rounds: int, budget: float) -> dict[str, str]:
+        """A forward as one graph of the compiler."""
+        functions = {}
+        for name in names:
+            whole = Variant(name, torch.compile(self.variants[name].model, fullgraph=True))
+            functions[name] = self.call(whole, "forward", DISTINCT[1])
+        tokens = self.inputs["input_ids"].numel()
+        return self.rates(f"forward, compiled, {DISTINCT[1]} tasks", tokens, functions, rounds, budget)
 
 
-def compiled(variants: dict[str, Variant]) -> dict[str, Variant]:
-    """LoRA, ours and the bare model as one graph each; PEFT's own Poly is none."""
-    chosen = {name: variant for name, variant in variants.items() if name != "poly"}
-    return {name: Variant(name, torch.compile(variant.model, fullgraph=True)) for name, variant in chosen.items()}
+def works(bench: Bench, rounds: int) -> list[Callable[[float], tuple[list[dict[str, str]], list[str]]]]:
+    """All that is measured, the most telling first; each is given its seconds and returns rows and notes."""
+    ours = kinds_here()
+    served = [name for name in ours if bench.variants[name].serves]
+    everyone, trained = ["base", "merged", "lora", "adapters", "upstream mhr", *ours], ["base", "lora", *ours]
+
+    def timed(mode: str, distinct: int, names: Sequence[str], serving: bool = False) -> Callable[[float], Any]:
+        def run(seconds: float) -> Any:
+            if "adapters" in names:
+                bench.variants.load(bench.ids(distinct).tolist())
+            chosen = [name for name in names if name != "merged" or distinct == 1]
+            return [bench.row(mode, distinct, chosen, rounds, seconds, serving)], []
+
+        return run
+
+    found: list[Callable[[float], Any]] = [lambda _: (list(bench.operators()), [])]
+    if bench.cuda:
+        found.append(lambda _: ([bench.kernels(["base", "lora", "adapters", *ours])], []))
+        found.append(lambda _: ([], [bench.without_waiting(name) for name in ours]))
+    found += [timed(mode, distinct, everyone) for mode in ("decode", "forward") for distinct in DISTINCT[:2]]
+    if served:
+        found.append(timed("forward", DISTINCT[1], ["base", "lora", *served], serving=True))
+    found.append(timed("train", DISTINCT[1], trained))
+    if bench.cuda:
+
+        def graphs(seconds: float) -> Any:
+            row, notes = bench.captured(trained, rounds, seconds)
+            return [row], notes
+
+        found += [graphs, lambda seconds: ([bench.compiled(trained, rounds, seconds)], [])]
+    return [*found, *(timed(mode, DISTINCT[2], everyone) for mode in ("decode", "forward"))]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to see that it runs")
     parser.add_argument("--tiny", action="store_true", help="a model of no size")
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=20, help="seconds of a case after its third round")
+    parser.add_argument("--seconds", type=float, default=330, help="of the whole run; what does not fit is left out")
     parser.add_argument("--docs", type=Path, help="a Markdown file whose table `gpu` is to be replaced")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu --tiny shows that the program runs.")
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    console, bench = Console(highlight=False), Bench(args.device, args.tiny, args.rows, args.length)
-    rows = [bench.ratios(mode, bench.variants, args.rounds, args.budget) for mode in ("decode", "eval", "train")]
-    rows.append(bench.launches())
-    notes = [bench.without_waiting(), bench.captured()] if bench.cuda else []
-    if bench.cuda:
-        rows.append(
-            {**bench.ratios("eval", compiled(bench.variants), args.rounds, args.budget), "what": "eval, compiled"}
-        )
-    for row in rows:
-        console.print(", ".join(f"{name} {row[name]}" for name in COLUMNS if row.get(name)), soft_wrap=True)
-    console.print(*notes, sep="\n")
+    begin, console = time.perf_counter(), Console(highlight=False)
+    bench = Bench(args.device, args.tiny, args.rows, args.length)
+    rows: list[dict[str, str]] = []
+    todo = works(bench, args.rounds)
+    for i, work in enumerate(todo):
+        left = args.seconds - (time.perf_counter() - begin)
+        if left <= 0:
+            console.print(f"{len(todo) - i} of {len(todo)} left out: {args.seconds:.0f} seconds are gone")
+            break
+        found, notes = work(0.5 * left / (len(todo) - i))  # half, for warming up and three rounds come on top
+        for row in found:
+            console.print(", ".join(f"{name} {row[name]}" for name in COLUMNS if row.get(name)), soft_wrap=True)
+        console.print(*notes, sep="\n", end="\n" if notes else "")
+        rows += found
+    loaded = bench.variants.loading
+    console.print(f"{len(loaded)} LoRAs for `adapters` took {sum(loaded):.1f} s to load, the last {loaded[-1]:.2f} s")
     if args.docs:
         about = results.about("python -m benchmarks.gpu")
         about["machine"] = torch.cuda.get_device_name() if bench.cuda else about["machine"]
-        results.write_table(args.docs, "gpu", rows, about, COLUMNS)
+        results.write_table(args.docs, "gpu", [dict.fromkeys(COLUMNS, "") | row for row in rows], about, COLUMNS)
 
 
 if __name__ == "__main__":

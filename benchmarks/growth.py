@@ -62,7 +62,7 @@ def measure(tasks: int, skills: int, splits: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         saved = best(lambda: model.save_pretrained(folder), time.perf_counter)
         file = sum(path.stat().st_size for path in Path(folder).rglob("*")) / 1e6
-        inputs, ids = make_inputs("t5-small", 8, 32), make_task_ids("mixed", 8, tasks)
+        inputs, ids = make_inputs("t5-small", 8, 32), make_task_ids(8, min(8, tasks), tasks)
 
         def forward() -> None:
             with torch.no_grad():

@@ -6,15 +6,15 @@ medians, over the rounds, of the ratios within a round. The clock is the CPU tim
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable
+from statistics import median
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["median_ratio", "paired", "peak_bytes", "saved_bytes"]
+__all__ = ["median", "median_ratio", "paired", "peak_bytes", "saved_bytes"]
 
 
 def paired(
@@ -49,7 +49,7 @@ def _repeats(function: Callable[[], Any], clock: Callable[[], float], at_least: 
 
 
 def median_ratio(times: dict[str, list[float]], one: str, other: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+    return median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
 def saved_bytes(function: Callable[[], Any], parameters: Iterable[torch.Tensor]) -> int:

@@ -69,11 +69,13 @@ def _stack(size: int) -> Shape:
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")  # the seven linear layers of a block
 SHAPES = {
     "t5-small": Shape(t5, ("q", "k", "v", "o", "wi", "wo"), "SEQ_2_SEQ_LM"),
     "llama-1024x4": Shape(lambda: llama(1024, 4), ATTENTION, "CAUSAL_LM"),
     "bert-384x6": Shape(bert, ("query", "key", "value", "output.dense", "intermediate.dense"), "SEQ_CLS"),
-    "tiny-64x24": Shape(lambda: llama(64, 24), (*ATTENTION, "gate_proj", "up_proj", "down_proj"), "CAUSAL_LM"),
+    "llama-64x4": Shape(lambda: llama(64, 4), LINEARS, "CAUSAL_LM"),  # bound by launches
+    "llama-64x24": Shape(lambda: llama(64, 24), LINEARS, "CAUSAL_LM"),
     "linear-256": _stack(256),
     "linear-768": _stack(768),
     "linear-2048": _stack(2048),
@@ -92,11 +94,6 @@ def make_inputs(name: str, rows: int, length: int) -> dict[str, Any]:
     return inputs
 
 
-def make_task_ids(kind: str, rows: int, n_tasks: int) -> torch.Tensor:
-    """Task ids `(rows,)`: of `one` task, of `few` (two, in any order), `distinct`, or `mixed` (drawn from all)."""
-    generator = torch.Generator().manual_seed(1)
-    if kind == "one":
-        return torch.full((rows,), n_tasks - 1)
-    if kind == "distinct":
-        return torch.arange(rows) % n_tasks
-    return torch.randint(0, min(2, n_tasks) if kind == "few" else n_tasks, (rows,), generator=generator)
+def make_task_ids(rows: int, distinct: int, n_tasks: int) -> torch.Tensor:
+    """Task ids `(rows,)` of so many distinct tasks, taken from all over the adapter, in turn: no two alike adjacent."""
+    return torch.arange(rows) % distinct * (n_tasks // distinct)

@@ -1,4 +1,4 @@
-"""What becomes of the figures: a line each, a table against the bars, a CSV that grows, a plot, a Markdown table."""
+"""What becomes of figures: tables on the screen and in Markdown, a CSV that grows."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ import datetime
 import os
 import platform
 import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
-from .cases import BARS, DIFFERENCE, Row
+from .cases import Claim
+from .figures import Figures
 
-__all__ = ["about", "append_csv", "line", "plot", "table", "verdict", "write_table"]
+__all__ = ["CLAIMS", "COLUMNS", "about", "append_csv", "claim_rows", "console", "rows_of", "table", "write_table"]
 
-RATIOS = ("lora/base", "poly/lora", "ours/base", "ours/lora", "ours/poly")
-SETTINGS = ("mode", "model", "rows", "length", "ids", "r", "skills", "splits", "tasks")
-COLUMNS = ("date", "machine", "load", "torch", "command", *SETTINGS, "rounds", "base", "unit", *RATIOS, "difference")
+NAMES = ("merged", "lora", "adapters", "upstream poly", "upstream mhr", "poly", "mhr", "gates")
+COLUMNS = ("work", "base", *NAMES)
+CLAIMS = ("work", "variant", "against", "measured", "at most", "verdict")
+SETTINGS = ("mode", "model", "rows", "length", "distinct", "tasks", "r", "skills", "splits", "serving")
+ABOUT = ("date", "machine", "load", "torch", "command")
+CSV = (*ABOUT, *SETTINGS, "rounds", "base", "unit", *NAMES, "one task", "difference")
 
 
 def about(command: str) -> dict[str, str]:
@@ -40,101 +47,78 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def what(row: Row) -> str:
-    size = f"{row['rows']} x {row['length']}"
-    return f"{row['mode']}, {row['model']}, {size}, {row['ids']}"
+def rows_of(figures: Sequence[Figures]) -> list[dict[str, str]]:
+    """A row for each case: the bare model's milliseconds or megabytes, and each variant's cost over it."""
+    return [
+        {
+            "work": str(one.case), "settings": one.case.sizes, "base": f"{one.base:.1f} {one.unit}",
+            **{name: f"{one.over[name]:.3f}" if name in one.over else "" for name in NAMES},
+        }
+        for one in figures
+        if one.over
+    ]  # fmt: skip
 
 
-def settings(row: Row) -> str:
-    return f"r {row['r']}, {row['skills']} skills, {row['splits']} splits, {row['tasks']} tasks"
+def claim_rows(claims: Sequence[Claim]) -> list[dict[str, str]]:
+    return [
+        dict(zip(CLAIMS, (
+            claim.what, claim.variant, claim.against, "" if claim.measured is None else f"{claim.measured:.3f}",
+            f"{claim.most:.2f}", claim.verdict,
+        ), strict=True))
+        for claim in claims
+    ]  # fmt: skip
 
 
-def verdict(row: Row) -> str:
-    """`pass`, or by how much which bar is missed; empty where the case has none."""
-    bars = BARS.get(row["mode"], {})
-    missed = [f"{name} {row[name]:.3f} > {bar:.2f}" for name, bar in bars.items() if row.get(name, 0) > bar]
-    if row.get("difference", 0) > DIFFERENCE:
-        missed.append(f"outputs differ by {row['difference']:.1e}")
-    return "miss: " + ", ".join(missed) if missed else "pass" if bars else ""
+def console() -> Console:
+    """Wide enough for the tables where the output goes to a file."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def line(row: Row) -> str:
-    figures = ", ".join(f"{name} {row[name]:.3f}" for name in RATIOS if name in row)
-    return f"{what(row)}, {settings(row)}: {figures} (load {row['load']})"
-
-
-def table(rows: list[Row], about: dict[str, str]) -> Table:
-    shown = Table(title=f"{about['command']}, {about['date']}, {about['machine']}, torch {about['torch']}, one thread")
-    for name in ("case", "settings", "base", *RATIOS, "difference", "bar"):
-        shown.add_column(name, justify="left" if name in ("case", "settings", "bar") else "right")
+def table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    """For the screen; a miss is red, a hit green."""
+    shown = Table(title=title)
+    for name in columns:
+        shown.add_column(name, justify="left" if name in ("work", *CLAIMS) else "right", no_wrap=True)
     for row in rows:
-        word = verdict(row)
-        shown.add_row(*_cells(row)[:-1], f"[red]{word}" if word.startswith("miss") else f"[green]{word}")
+        verdict = row.get("verdict", "")
+        colour = "red" if verdict.startswith("miss") else "green" if verdict == "hit" else None
+        shown.add_row(*[row[name] for name in columns], style=colour)
     return shown
 
 
-def _cells(row: Row) -> list[str]:
-    ratios = [f"{row[name]:.3f}" if name in row else "" for name in RATIOS]
-    difference = f"{row['difference']:.0e}" if "difference" in row else ""
-    return [what(row), settings(row), f"{row['base']:.1f} {row['unit']}", *ratios, difference, verdict(row)]
-
-
-def append_csv(path: Path, rows: list[Row], about: dict[str, str]) -> None:
-    """Add rows to a CSV file, with a header if it is new."""
+def append_csv(path: Path, figures: Sequence[Figures], about: dict[str, str]) -> None:
+    """Add a row for each case to a CSV file, with a header if it is new."""
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, CSV, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows({**about, **row} for row in rows)
-
-
-def plot(path: Path, rows: list[Row]) -> None:
-    """Bars of what LoRA, PEFT's own Poly and this package cost over the bare model; nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    timed = [row for row in rows if "lora/base" in row and "poly/lora" in row]
-    if not timed:
-        return
-    figure, axes = plt.subplots(figsize=(7.5, 0.8 + 0.45 * len(timed)), layout="constrained")
-    series: list[tuple[str, str, Any]] = [
-        ("LoRA", "#9ca3af", lambda row: row["lora/base"]),
-        ("PEFT's Poly", "#b45309", lambda row: row["poly/lora"] * row["lora/base"]),
-        ("peft-poly", "#1d4ed8", lambda row: row["ours/base"]),
-    ]
-    for i, (label, colour, value) in enumerate(series):
-        places = [y + (i - 1) * 0.26 for y in range(len(timed))]
-        axes.barh(places, [value(row) - 1 for row in timed], height=0.24, color=colour, label=label)
-    axes.set_yticks(range(len(timed)), [what(row) for row in timed], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("CPU time over that of the bare model")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        for one in (one for one in figures if one.over):
+            settings: dict[str, Any] = {name: getattr(one.case, name) for name in SETTINGS}
+            over = {"one task" if name.endswith("one task") else name: f"{x:.4f}" for name, x in one.over.items()}
+            over.pop("base")
+            measured = {"rounds": one.rounds, "base": f"{one.base:.3f}", "unit": one.unit}
+            writer.writerow({**about, **settings, **measured, **over, "load": one.load, "difference": one.difference})
 
 
 def write_table(
-    path: Path, name: str, rows: list[Row], about: dict[str, str], columns: list[str] | None = None
+    path: Path,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    about: dict[str, str],
+    columns: Sequence[str],
+    loads: Sequence[float] = (),
 ) -> None:
-    """Replace what lies between `<!-- name -->` and `<!-- /name -->` in a Markdown file."""
-    head = list(columns or ["case", "settings", "base", *RATIOS, "difference", "bar"])
-    cells = [[str(row[column]) for column in columns] if columns else _cells(row) for row in rows]
-    common = ""
-    if not columns and len({line[1] for line in cells}) == 1:  # said once, above the table
-        common = f" All with {cells[0][1]}."
-        head, cells = [head[0], *head[2:]], [[line[0], *line[2:]] for line in cells]
-    lines = [" | ".join(["", *line, ""]).strip() for line in (head, ["---"] * len(head), *cells)]
-    loads = [row["load"] for row in rows if "load" in row]
+    """Replace what lies between `<!-- name -->` and `<!-- /name -->` in a Markdown file.
+
+    Raises:
+        ValueError: there is no such place in it.
+    """
+    columns = [column for column in columns if any(str(row[column]) for row in rows)] or list(columns)
+    cells = [[str(row[column]) for column in columns] for row in rows]
+    lines = [" | ".join(["", *line, ""]).strip() for line in (columns, ["---"] * len(columns), *cells)]
     load = f", load {min(loads)} to {max(loads)}" if loads else ""
     note = f"`{about['command']}`, {about['date']}, {about['machine']}{load}, torch {about['torch']}, one thread."
-    note += common
     text = path.read_text(encoding="utf-8")
     pattern = re.compile(f"(<!-- {name} -->).*?(<!-- /{name} -->)", re.S)
     if not pattern.search(text):

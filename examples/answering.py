@@ -7,11 +7,12 @@ its `run` answers many of them at once, each row with the task of its own. `chec
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from ranking import Ranker, load_tasks
 from torch.nn.utils.rnn import pad_sequence
@@ -69,9 +70,12 @@ class GenerateAnswer(BaseModel):
 
 @dataclass(frozen=True)
 class Item:
-    """A request that was checked: the id of its task, its tokens, and what else its service needs."""
+    """A request that was checked: its task, its tokens, and what else its service needs.
 
-    task: int
+    The task is a name where tasks have names: an id may mean another one once the adapter was loaded anew.
+    """
+
+    task: int | str
     tokens: list[int]
     options: dict[str, list[int]] | None = None  # the tokens of each
     max_new_tokens: int = 0
@@ -85,6 +89,7 @@ class Service:
         tokenizer: its tokenizer.
         max_length: most tokens of a text; nothing is cut off silently.
         max_new_tokens: most tokens that are generated.
+        source: where the adapter was read from, to be read again.
 
     Raises:
         ValueError: the model has too few positions for texts so long.
@@ -92,7 +97,7 @@ class Service:
 
     padding_side = "right"
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int, max_new_tokens: int = 0) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, max_new_tokens: int = 0, source: str = "") -> None:
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions and max_length + max_new_tokens > positions:
             asked = f"{max_length} tokens of a text and {max_new_tokens} new ones"
@@ -100,14 +105,47 @@ class Service:
                 f"The model has {positions} positions, too few for {asked}. Choose a smaller --max_length."
             )
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.max_length, self.max_new_tokens = max_length, max_new_tokens
-        self.tasks = model.task_names or list(range(model.active_peft_config.n_tasks))
+        self.max_length, self.max_new_tokens, self.source = max_length, max_new_tokens, source
 
-    def task_id(self, task: int | str) -> int:
+    @property
+    def tasks(self) -> list[Any]:
+        """Names of the tasks, or their ids if they have none."""
+        return self.model.task_names or list(range(self.model.active_peft_config.n_tasks))
+
+    def task(self, asked: int | str) -> int | str:
+        """The task that a request asks for, as `tasks` has it; a name that is not there if the adapter lets it in."""
         try:
-            return self.model.task_id(task)
+            return self.tasks[self.model.task_id(asked)]
         except ValueError as error:
+            if isinstance(asked, str) and self.model.active_peft_config.unknown_task == "mean":
+                return asked
             raise UnknownTaskError(str(error)) from error
+
+    def reload(self) -> None:
+        """Read the saved adapter again, with the tasks that it has by now; call it while no batch is computed.
+
+        Raises:
+            OSError: it cannot be read; the one that was there stays.
+            ValueError: it is no adapter of this kind for this model; the one that was there stays.
+        """
+        model, old = self.model, self.model.active_adapter
+        new = "default" if old != "default" else "reloaded"
+        config = PeftConfig.from_pretrained(self.source)
+        if (config.peft_type, config.task_type) != (
+            model.active_peft_config.peft_type,
+            model.active_peft_config.task_type,
+        ):
+            raise ValueError(f"{self.source} is now of type {config.peft_type}, for {config.task_type}.")
+        try:
+            model.load_adapter(self.source, new)
+        except Exception as error:  # of torch, where shapes do not fit
+            if new in model.peft_config:
+                model.delete_adapter(new)
+            raise ValueError(f"{self.source} cannot be loaded: {error}") from error
+        model.peft_config[new].unknown_task = model.peft_config[old].unknown_task
+        model.set_adapter(new)
+        model.delete_adapter(old)
+        model.eval()
 
     def tokens(self, what: str, text: str) -> list[int]:
         """Token ids of a text.
@@ -132,17 +170,31 @@ class Service:
 class RankService(Service):
     """Answers with the option nearest to the text; see `ranking.py`.
 
-    The vector of a task's option depends on nothing else, so it is kept, up to `KEPT` of them. `tasks_of_data` makes
-    `known`, what a request need not say.
+    The vector of a task's option depends on nothing else, so it is kept, up to `KEPT` of them. `known` reads what a
+    request need not say, as `tasks_of_data` does.
     """
 
     path, request, answer = "/rank", RankRequest, RankAnswer
     KEPT, MOST_ROWS = 10_000, 256  # vectors kept; rows of one forward
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int, temperature: float, known: dict[str, Any]) -> None:
-        super().__init__(model, tokenizer, max_length)
-        self.ranker, self.known = Ranker(model, temperature), known
-        self._vectors: dict[tuple[int, str], torch.Tensor] = {}
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_length: int,
+        temperature: float,
+        known: Callable[[], dict[str, Any]],
+        source: str = "",
+    ) -> None:
+        super().__init__(model, tokenizer, max_length, source=source)
+        self.ranker, self._read, self.known = Ranker(model, temperature), known, known()
+        self._vectors: dict[tuple[int | str, str], torch.Tensor] = {}
+
+    def reload(self) -> None:
+        known = self._read()
+        super().reload()
+        self.known = known
+        self._vectors.clear()
 
     def describe(self, task: int | str) -> dict[str, Any]:
         """What `/tasks` says of a task: its instruction and options, where it has its own."""
@@ -155,8 +207,8 @@ class RankService(Service):
             UnknownTaskError: there is no such task.
             ValueError: a text is too long; options are missing, or repeated.
         """
-        task = self.task_id(request.task)
-        own = self.describe(self.tasks[task])
+        task = self.task(request.task)
+        own = self.describe(task)
         options = own["options"] if request.options is None else request.options
         instruction = own["instruction"] if request.instruction is None else request.instruction
         if options is None:
@@ -197,13 +249,9 @@ class ClassifyService(Service):
 
     path, request, answer = "/classify", ClassifyRequest, ClassifyAnswer
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
-        super().__init__(model, tokenizer, max_length)
-        self.labels = list(model.task_labels.values())
-
     def describe(self, task: int | str) -> dict[str, Any]:
         """What `/tasks` says of a task: its kind, and the names of its labels."""
-        labels = self.labels[self.task_id(task)]
+        labels = self.model.task_labels[task]
         names = None if labels.kind == "regression" else list(labels.names)
         return {"task": task, "kind": labels.kind, "labels": names}
 
@@ -214,7 +262,7 @@ class ClassifyService(Service):
             UnknownTaskError: there is no such task.
             ValueError: the text is too long.
         """
-        return Item(self.task_id(request.task), self.tokens("text", request.input))
+        return Item(self.task(request.task), self.tokens("text", request.input))
 
     @torch.inference_mode()
     def run(self, items: list[Item]) -> list[ClassifyAnswer]:
@@ -223,16 +271,16 @@ class ClassifyService(Service):
         logits = self.model(**batch, task_ids=[item.task for item in items]).logits.float().cpu()
         return [self._answer(item.task, row) for item, row in zip(items, logits, strict=True)]
 
-    def _answer(self, task: int, logits: torch.Tensor) -> ClassifyAnswer:
-        labels, name = self.labels[task], self.tasks[task]
+    def _answer(self, task: int | str, logits: torch.Tensor) -> ClassifyAnswer:
+        labels = self.model.task_labels[task]
         own = logits[: len(labels)]
         if labels.kind == "regression":
-            return ClassifyAnswer(task=name, value=own.item())
+            return ClassifyAnswer(task=task, value=own.item())
         several = labels.kind == "multi_label"
         chances = dict(zip(labels.names, (own.sigmoid() if several else own.softmax(0)).tolist(), strict=True))
         likely = [label for label, chance in chances.items() if chance > 0.5]
         chosen = likely if several else [max(chances, key=chances.__getitem__)]
-        return ClassifyAnswer(task=name, labels=chosen, probabilities=chances)
+        return ClassifyAnswer(task=task, labels=chosen, probabilities=chances)
 
 
 class GenerateService(Service):
@@ -243,8 +291,8 @@ class GenerateService(Service):
 
     path, request, answer = "/generate", GenerateRequest, GenerateAnswer
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int, max_new_tokens: int) -> None:
-        super().__init__(model, tokenizer, max_length, max_new_tokens)
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, max_new_tokens: int, source: str = "") -> None:
+        super().__init__(model, tokenizer, max_length, max_new_tokens, source)
         self.prompt_first = not model.config.is_encoder_decoder  # in what it generates
         self.padding_side = "left" if self.prompt_first else "right"
         if self.tokenizer.pad_token is None:
@@ -261,7 +309,7 @@ class GenerateService(Service):
             UnknownTaskError: there is no such task.
             ValueError: the prompt is too long, or too much is wanted.
         """
-        task = self.task_id(request.task)
+        task = self.task(request.task)
         if request.max_new_tokens > self.max_new_tokens:
             raise ValueError(f"`max_new_tokens` may be {self.max_new_tokens} at most, got {request.max_new_tokens}.")
         return Item(task, self.tokens("prompt", request.input), max_new_tokens=request.max_new_tokens)

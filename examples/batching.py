@@ -118,6 +118,14 @@ class Batcher:
         self._news.set()
         return await waiting.future
 
+    async def between(self, work: Callable[[], Any]) -> Any:
+        """What `work()` returns, called in the thread of the batches while none is computed.
+
+        Raises:
+            Exception: what `work` raised.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
     async def _serve(self) -> None:
         while self._waiting or not self._stopping:
             if self._waiting:

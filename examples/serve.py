@@ -4,8 +4,9 @@
     python examples/serve.py my-adapter --max_batch 16      # any saved adapter: a folder or a Hub id
 
 An adapter with a head per task answers with labels (`/classify`), one of an encoder without ranks options (`/rank`),
-one of a language model generates (`/generate`). `/tasks` lists what
-a request may name, `/docs` is the page that tries it out, `/healthz` and `/stats` are for those who keep it running.
+one of a language model generates (`/generate`). `/tasks` lists what a request may name, `/docs` is the page that tries
+it out, `/healthz` and `/stats` are for those who keep it running, and so is `/reload`, which reads the saved adapter
+again, with the tasks that it has by then.
 A wrong request is refused before it gets into a batch, and when too many wait, the next one is refused at once (503).
 """
 
@@ -78,6 +79,14 @@ def create_app(service: Service, **batching: Any) -> FastAPI:
     async def tasks() -> dict[str, Any]:
         return {"endpoint": service.path, "tasks": [service.describe(task) for task in service.tasks]}
 
+    @app.post("/reload", responses={409: {"description": "The saved adapter cannot be used; nothing changes."}})
+    async def reload() -> dict[str, Any]:
+        try:
+            await batcher.between(service.reload)
+        except (OSError, ValueError) as error:
+            raise HTTPException(409, str(error)) from error
+        return await tasks()
+
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         if not batcher.running:
@@ -103,6 +112,7 @@ def load_service(args: argparse.Namespace) -> Service:
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, PolyConfig):
         raise ValueError(f"{adapter} is an adapter of type {config.peft_type}; this script serves PEFT_POLY.")
+    config.unknown_task = args.unknown_task or config.unknown_task
     name = args.model or trained.get("model") or config.base_model_name_or_path
     if config.task_type not in SERVED:
         allowed = ", ".join(SERVED)
@@ -113,18 +123,27 @@ def load_service(args: argparse.Namespace) -> Service:
     if config.task_type == "FEATURE_EXTRACTION":
         settings = Arguments(**{**trained, "model": "" if name == MINILM else name})
         base, tokenizer = load_encoder(settings)
-        model = PeftModel.from_pretrained(base, adapter).to(device)
-        known = tasks_of_data(args.data or settings.data)
-        return RankService(model, tokenizer, args.max_length or settings.max_length, settings.temperature, known)
+        model = PeftModel.from_pretrained(base, adapter, config=config).to(device)
+
+        def known() -> dict[str, Any]:
+            return tasks_of_data(args.data or settings.data)
+
+        length = args.max_length or settings.max_length
+        return RankService(model, tokenizer, length, settings.temperature, known, adapter)
     if config.task_type == "SEQ_CLS":
         if config.task_labels is None:
             raise ValueError(f"{adapter} has no `task_labels`, so its tasks have no labels to answer with.")
+        if config.unknown_task != "error":
+            raise ValueError(
+                "--unknown_task=mean is not for labels: a task that the adapter does not have has no head."
+            )
         base = AutoModelForSequenceClassification.from_pretrained(name)
-        model = PeftModel.from_pretrained(base, adapter).to(device)
-        return ClassifyService(model, AutoTokenizer.from_pretrained(name), args.max_length or 512)
+        model = PeftModel.from_pretrained(base, adapter, config=config).to(device)
+        return ClassifyService(model, AutoTokenizer.from_pretrained(name), args.max_length or 512, source=adapter)
     base = GENERATORS[config.task_type].from_pretrained(name, dtype="auto")
-    model = PeftModel.from_pretrained(base, adapter).to(device)
-    return GenerateService(model, AutoTokenizer.from_pretrained(name), args.max_length or 512, args.max_new_tokens)
+    model = PeftModel.from_pretrained(base, adapter, config=config).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return GenerateService(model, tokenizer, args.max_length or 512, args.max_new_tokens, adapter)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -141,6 +160,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_queue", type=int, default=256, help="most requests that wait; more are refused (default: 256)")
     add("--max_length", type=int, help="most tokens of a text (default: as trained, or 512)")
     add("--max_new_tokens", type=int, default=256, help="most tokens that a request may ask for (default: 256)")
+    add("--unknown_task", choices=("error", "mean"), help="what a name gets that the adapter lacks (default: as saved)")
     add("--one_task_batches", action="store_true", help="do not mix tasks in a batch, to compare")
     return parser.parse_args(argv)
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from peft_poly import PolyConfig
 
+GATES = {"poly_type": "gates", "n_skills": None, "n_splits": None}  # over the settings of an adapter that mixes
+
 
 def poly(case: str, **settings: Any) -> PolyConfig:
     """Settings for a model of `tiny.CASES`: three tasks unless said otherwise, and a B that is not zero."""

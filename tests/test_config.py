@@ -66,7 +66,7 @@ def test_a_dropout_outside_its_range_is_refused(value):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"poly_type": "mhr"}, r"^`poly_type` must be one of \['gates', 'poly'\], got 'mhr'\.$"),
+        ({"poly_type": "mhr"}, r"^`poly_type` must be 'poly', the one kind of router there is, got 'mhr'\.$"),
         ({"router_noise": 1}, r"^`router_noise` must be True or False, got 1\.$"),
         ({"router_noise": None}, r"^`router_noise` must be True or False, got None\.$"),
         ({"init_weights": "kaiming"}, r"^`init_weights` must be one of \(True, False, 'mhr'\), got 'kaiming'\.$"),
@@ -186,6 +186,8 @@ FULL = {
     "task_names": NAMES,
     "task_labels": dict.fromkeys(NAMES, 2),
     "lora_alpha": 2.5,
+    "router_lr": 0.25,
+    "unknown_task": "mean",
     "lora_dropout": 0.25,
     "router_temperature": 0.5,
     "router_noise": False,

@@ -95,10 +95,12 @@ def first(output: Any) -> torch.Tensor:
 
 
 def naive_pair(layer: nn.Module, adapter: str, task: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mixed pair `(in, r), (r, out)` of one task at eval, one skill and one split at a time."""
+    """What one task is at eval as a LoRA, `(in, r), (r, out)` in float64, one number of the router at a time."""
     A, B = layer.poly_lora_A[adapter].double(), layer.poly_lora_B[adapter].double()
     n_splits, n_skills = A.shape[:2]
     logits = layer.poly_router[adapter].module_logits[task].double()
+    if layer.poly_type[adapter] == "gates":
+        return A[0, 0], torch.stack([(1 + logits[rank]) * B[0, 0, rank] for rank in range(B.shape[2])])
     rows, columns = [], []
     for split in range(n_splits):
         p = [1 / (1 + torch.exp(-logits[split * n_skills + skill])) for skill in range(n_skills)]

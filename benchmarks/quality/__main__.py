@@ -25,9 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from .. import results
 from . import plots, report, routing
@@ -36,6 +34,7 @@ from .plan import Plan
 from .runs import Run, Source
 from .settings import FULL, QUICK
 from .store import Store
+from .terminal import printed
 from .workers import run_all
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,7 +97,7 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     }
     for title, rows in tables.items():
         if rows:
-            console.print(_printed(title, rows))
+            console.print(printed(title, rows, report.SETTINGS))
     if not report.multi_task(plan):
         return
     plots.plot_tables(plan, path.with_suffix(".png"))
@@ -109,7 +108,7 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
         if best := routing.best_routed(plan, table):
             looked += routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png"))
     if looked:
-        console.print(_printed("What the routers learned", looked))
+        console.print(printed("What the routers learned", looked, report.SETTINGS))
     else:
         console.print(f"No look at the routers: the adapters of these results are not in {args.outputs}.")
     if args.docs:
@@ -122,17 +121,6 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
             else results.about("make bench-quality")
         )
         report.write(args.docs, plan, about, looked, guesses)
-
-
-def _printed(title: str, rows: list[dict]) -> Table:
-    """For a terminal: without what the documentation has room for."""
-    columns = [column for column in rows[0] if column not in report.SETTINGS]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row[column]).replace("**", "") for column in columns))
-    return table
 
 
 if __name__ == "__main__":

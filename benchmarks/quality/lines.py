@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .methods import Method
+from .methods import SKILLS, Method, R
 from .rates import Rates
 
 __all__ = [
@@ -18,10 +18,12 @@ __all__ = [
     "FEW_REFERENCES",
     "FEW_SHOWN",
     "MANY",
+    "MATTER",
     "OTHER_SIZES",
     "REFERENCE",
     "REFERENCES",
     "SHOWN",
+    "SKILL_SIZED",
     "Line",
     "Way",
 ]
@@ -109,7 +111,10 @@ REFERENCES = {  # by table
 BEST = "MHR, 4 splits"  # what the variants are variants of
 BESTS = {"main": BEST, "longer": f"{BEST}, 9 x the steps"}  # by table
 SKILL_SIZED = "shared LoRA, rank of one skill"
-OTHER_SIZES = ("no adapter", SKILL_SIZED, "no adapter, no instruction")  # all others fit the budget
+_SIZES = ("", ", 3 x the steps", ", 9 x the steps")
+OTHER_SIZES = ("no adapter", *(f"{SKILL_SIZED}{times}" for times in _SIZES), "no adapter, no instruction")
+# All others fit the budget. With more seeds, after the longest training:
+MATTER = tuple(f"{line}, 9 x the steps" for line in (REFERENCE, "LoRA per task", BEST, "gates"))
 
 _mhr = Method("poly", splits=4, noise=False)
 _GRID = _grid((3e-3,), (0.03, 0.1, 0.3, 1.0), (8.0,)) + _grid((1e-3,), (0.3,), (8.0,))
@@ -125,6 +130,7 @@ MANY = {
     "Poly": replace(_routed, method=replace(_mhr, splits=1)),
     BEST: _routed,
     "MHR, 8 splits": replace(_routed, method=replace(_mhr, splits=8)),
+    "gates": Line(Method("gates", r=R * SKILLS), Rates(3e-3, 0.03, 1), _grid((1e-3, 3e-3), (0.03, 0.1))),
     "MHR, one rate": Line(_mhr, Rates(3e-3, 0, 8), _grid((1e-3, 3e-3, 6e-3, 1e-2), scales=(8.0,))),
     "MHR, scale 1": Line(_mhr, Rates(1e-2, 0.3, 1), _grid((3e-3, 1e-2, 3e-2), (0.3,))),
     "MHR, noise": replace(_variant, method=replace(_mhr, noise=True)),
@@ -141,8 +147,8 @@ def _under(other: str, condition: dict[str, Any], *lines: str) -> dict[str, Line
 
 _four = (REFERENCE, "LoRA per task", "Poly", BEST)
 MANY |= {
-    **_under("3 x the steps", {"times": 3}, *_four),
-    **_under("9 x the steps", {"times": 9}, *_four),
+    **_under("3 x the steps", {"times": 3}, *_four, "gates", SKILL_SIZED),
+    **_under("9 x the steps", {"times": 9}, *_four, "gates", SKILL_SIZED),
     **_under("all layers", {"all_layers": True}, REFERENCE, BEST),
     **_under("no instruction", {"instruction": False}, "no adapter", *_four),
 }
@@ -198,4 +204,4 @@ FEW_SHOWN = [
     "MHR-z, row of the mean",
     "MHR-mu",
 ]
-SHOWN = ["no adapter", "LoRA per task", SKILL_SIZED, REFERENCE, "Poly", BEST, "MHR, 8 splits"]
+SHOWN = ["no adapter", "LoRA per task", SKILL_SIZED, REFERENCE, "Poly", BEST, "MHR, 8 splits", "gates"]

@@ -32,7 +32,7 @@ class Method:
     """One way to adapt the encoder.
 
     Attributes:
-        kind: none, lora (one for all tasks), per task (a LoRA each), peft poly (PEFT's own) or poly (ours).
+        kind: none, lora (one for all tasks), per task (a LoRA each), peft poly (PEFT's own), poly or gates (ours).
         r: rank of a LoRA or of a skill; 0 for the rank that fits the budget.
         skills, splits, noise, init, granularity: of a routed adapter, as in `PolyConfig`.
     """
@@ -75,7 +75,7 @@ class Adapter:
 
     def optimizer(self, rates: Rates) -> torch.optim.Optimizer:
         """AdamW without weight decay; our routers have a rate of their own."""
-        if self.method.kind == "poly":
+        if self.method.kind in ("poly", "gates"):
             two = {"lr": rates.lr, "router_lr": rates.router_lr or rates.lr}
             return peft_poly.create_poly_optimizer(self.model, torch.optim.AdamW, **two, weight_decay=0.0)
         return torch.optim.AdamW(self.parameters(), lr=rates.lr, weight_decay=0.0)
@@ -105,6 +105,8 @@ def _config(method: Method, scale: float, upper: nn.Module, names: list[str]) ->
         return peft.PolyConfig(target_modules=TARGETS, **sizes)
     sizes = {"r": method.r, "n_skills": method.skills, "n_splits": method.splits}
     noise = method.noise
+    if method.kind == "gates":
+        sizes = {"r": method.r, "poly_type": "gates"}
     if method.kind == "per task":
         r = max(1, round(_fitting_rank(upper, len(names)) / len(names)))
         sizes, noise = {"r": r, "n_skills": len(names), "n_splits": 1}, False

@@ -13,7 +13,7 @@ from itertools import product
 from statistics import fmean
 from typing import Optional
 
-from .lines import FEW, MANY
+from .lines import FEW, MANY, MATTER
 from .rates import Rates
 from .settings import Settings
 from .store import Result, Store, Unit
@@ -62,9 +62,10 @@ class Plan:
             yield from self._few("longer", s.seeds)
 
     def _many(self, table: str) -> Iterator[Slot]:
-        for seed in self.settings.seeds:
+        s = self.settings
+        for seed in sorted({*s.seeds, *s.more_seeds}):
             for line in MANY:
-                if MANY[line].table == table:
+                if MANY[line].table == table and seed in ((*s.seeds, *s.more_seeds) if line in MATTER else s.seeds):
                     yield Slot("many", line, seed)
 
     def _few(self, table: str, seeds: Sequence[int]) -> Iterator[Slot]:

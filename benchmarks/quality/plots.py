@@ -11,19 +11,21 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from .lines import BEST, FEW_REFERENCE, MANY, REFERENCE, REFERENCES
+from .lines import BEST, FEW_REFERENCE, MANY, REFERENCE, REFERENCES, SKILL_SIZED
 from .plan import Plan
 from .report import Accuracies, few_shot, multi_task
 from .statistics import mean_and_error
 
 __all__ = ["plot_steps", "plot_tables"]
 
-ROUTED, OTHER = "#1d4ed8", "#6b7280"
+ROUTED, GATES, OTHER = "#1d4ed8", "#b45309", "#6b7280"
 STYLES = {  # of the lines that are trained longer
     REFERENCE: {"color": OTHER, "marker": "o"},
     "LoRA per task": {"color": OTHER, "marker": "s", "linestyle": "--"},
     "Poly": {"color": ROUTED, "marker": "^", "linestyle": "--"},
     BEST: {"color": ROUTED, "marker": "o"},
+    "gates": {"color": GATES, "marker": "D"},
+    SKILL_SIZED: {"color": OTHER, "marker": ".", "linestyle": ":"},
 }
 
 
@@ -50,7 +52,7 @@ def plot_tables(plan: Plan, path: Path) -> None:
     for axes, (title, found, reference) in zip(all_axes[:, 0], panels, strict=True):
         for place, (line, accuracies) in enumerate(found.items()):
             mean, error, means = _over_seeds(accuracies)
-            colour = ROUTED if "Poly" in line or "MHR" in line else OTHER
+            colour = ROUTED if "Poly" in line or "MHR" in line else GATES if "gates" in line else OTHER
             axes.errorbar(mean, place, xerr=error, fmt="o", color=colour, capsize=3)
             axes.plot(means, [place] * len(means), ".", color=colour, alpha=0.35)
             if line == reference:

@@ -10,7 +10,7 @@ from torch import nn
 from .data import Row
 from .encoder import Features
 
-__all__ = ["Encode", "scores"]
+__all__ = ["Encode", "embed", "scores"]
 
 TEMPERATURE = 0.05  # divides the cosines
 Encode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # hidden, mask, task ids -> hidden
@@ -28,13 +28,13 @@ def scores(
     texts = torch.tensor([place(row.text, row.task) for row in rows])
     options = [torch.tensor([place(option, row.task) for option in row.options]) for row in rows]
     candidates = nn.utils.rnn.pad_sequence(options, batch_first=True, padding_value=-1)
-    vectors = _embed(encode, features, list(keys))
+    vectors = embed(encode, features, list(keys))
     cosines = torch.einsum("bd,bcd->bc", vectors[texts], vectors[candidates.clamp(min=0)])
     labels = torch.tensor([row.label for row in rows])
     return (cosines / TEMPERATURE).masked_fill(candidates < 0, -torch.inf), labels
 
 
-def _embed(encode: Encode, features: Features, keys: list[tuple[int, int]]) -> torch.Tensor:
+def embed(encode: Encode, features: Features, keys: list[tuple[int, int]]) -> torch.Tensor:
     """Unit vectors `(n, d)` of `(text, task)` pairs: the mean over their tokens."""
     tasks = torch.tensor([task for _, task in keys])
     found, order = [], []

@@ -18,6 +18,7 @@ class Settings:
         train_rows, validation_rows, test_rows: the first so many of a task's split.
         steps, tasks_per_step, rows_per_task: of training on all tasks.
         seeds: of the tables.
+        more_seeds: of `lines.MATTER`, beside those.
         tune_seed: of the runs that rates are chosen by, on validation rows.
         tune: choose rates; else those that `lines` has.
         tune_steps: of those runs: half as many, for they are many.
@@ -29,6 +30,7 @@ class Settings:
 
     OF_UNITS: ClassVar = (
         "seeds",
+        "more_seeds",
         "tune_seed",
         "tune",
         "tune_steps",
@@ -42,11 +44,12 @@ class Settings:
     max_length: int = 64
     train_rows: int = 300
     validation_rows: int = 50
-    test_rows: int = 100
+    test_rows: int = 200
     steps: int = 200
     tasks_per_step: int = 8
     rows_per_task: int = 2
     seeds: tuple[int, ...] = (0, 1, 2)
+    more_seeds: tuple[int, ...] = ()
     tune_seed: int = 100
     tune: bool = True
     tune_steps: int = 100
@@ -57,5 +60,5 @@ class Settings:
     draws: int = 3
 
 
-FULL = Settings()
+FULL = Settings(more_seeds=(3, 4))
 QUICK = Settings(steps=100, test_rows=50, seeds=(0,), tune=False, extra=False, shots=(16,), draws=1)

@@ -12,7 +12,18 @@ import numpy as np
 from scipy import stats
 from scipy.cluster import hierarchy
 
-__all__ = ["Difference", "Fit", "against_chance", "clusters", "compare", "kinship", "mean_and_error", "rand_index"]
+__all__ = [
+    "Difference",
+    "Fit",
+    "Interval",
+    "against_chance",
+    "bootstrap",
+    "clusters",
+    "compare",
+    "kinship",
+    "mean_and_error",
+    "rand_index",
+]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -57,6 +68,30 @@ def compare(one: Mapping[int, Mapping[str, float]], other: Mapping[int, Mapping[
     better, worse = sum(d > 0 for d in by_task), sum(d < 0 for d in by_task)
     p = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
     return Difference(mean, error, better, len(tasks) - better - worse, worse, float(p))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over things drawn from many, users for one, and how far another draw of them could move it.
+
+    Attributes:
+        mean: the mean.
+        error: its standard error, over draws of as many things with replacement.
+        low, high: 2.5th and 97.5th percentile of those draws.
+    """
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+
+def bootstrap(values: Sequence[float], times: int = 10_000, seed: int = 0) -> Interval:
+    """The mean of `values`, one for each thing, with the interval of a percentile bootstrap over the things."""
+    found, random = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = found[random.integers(0, len(found), (times, len(found)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(found.mean()), float(means.std()), float(low), float(high))
 
 
 def rand_index(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:

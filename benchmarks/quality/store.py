@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Result", "Store", "Unit"]
 
@@ -57,46 +58,49 @@ class Result:
     seconds: float
 
 
-UNIT, RESULT = ([field.name for field in fields(cls)] for cls in (Unit, Result))
-COLUMNS = [*UNIT, "rows", *RESULT]  # rows: how many the unit has, so that a torn one is seen
-
-
 class Store:
     """The results in a CSV file; reads it when made.
+
+    Args:
+        path: the file.
+        unit, result: the dataclasses of what is run and of what it measures on one task, of texts and numbers.
 
     Attributes:
         done: results by unit, in the order of the file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.done: dict[Unit, list[Result]] = {}
+    def __init__(self, path: Path, unit: type = Unit, result: type = Result) -> None:
+        self.path, self.unit, self.result = path, unit, result
+        self.names = [[field.name for field in fields(cls)] for cls in (unit, result)]
+        # rows: how many the unit has, so that a torn one is seen
+        self.columns = [*self.names[0], "rows", *self.names[1]]
+        self.done: dict[Any, list[Any]] = {}
         if path.exists():
             self._read()
 
     def _read(self) -> None:
         """Units with fewer rows than they say are of runs that were killed while writing: they count as not done."""
-        found: dict[Unit, list[Result]] = defaultdict(list)
-        sizes: dict[Unit, int] = {}
+        found: dict[Any, list[Any]] = defaultdict(list)
+        sizes: dict[Any, int] = {}
         text = self.path.read_text(encoding="utf-8")
         for line in text[: text.rfind("\n") + 1].splitlines()[1:]:
             values = next(csv.reader([line]))  # each line by itself: a torn one may end inside of quotation marks
-            if len(values) != len(COLUMNS) or "" in values:
+            if len(values) != len(self.columns) or "" in values:
                 continue
-            row = dict(zip(COLUMNS, values, strict=True))
-            unit = Unit(**{name: _typed(Unit, name, row[name]) for name in UNIT})
-            result = Result(**{name: _typed(Result, name, row[name]) for name in RESULT})
+            row = dict(zip(self.columns, values, strict=True))
+            unit = self.unit(**{name: _typed(self.unit, name, row[name]) for name in self.names[0]})
+            result = self.result(**{name: _typed(self.result, name, row[name]) for name in self.names[1]})
             if all(result.task != other.task for other in found[unit]):
                 found[unit].append(result)
             sizes[unit] = int(row["rows"])
         self.done = {unit: results for unit, results in found.items() if len(results) == sizes[unit]}
 
-    def add(self, unit: Unit, results: list[Result]) -> None:
+    def add(self, unit: Any, results: list[Any]) -> None:
         """Append a unit's rows in one write."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         if not self._cut_torn_row():
-            writer.writerow(COLUMNS)
+            writer.writerow(self.columns)
         writer.writerows([*astuple(unit), len(results), *astuple(result)] for result in results)
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -4,43 +4,50 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from statistics import fmean
-from typing import Optional
+from typing import Any, Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .plan import Plan
-from .runs import Run, Source
-from .store import Result, Unit
+from .runs import Run
 
 __all__ = ["run_all"]
 
-_run: Optional[Run] = None  # of a worker process
+_run: Optional[Any] = None  # of a worker process
 
 
-def _start(source: Source) -> None:
+def _start(make: Callable[[Any], Any], source: Any) -> None:
     import torch
     import transformers
 
     global _run
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()  # it would be drawn into that of the parent
-    _run = Run(source)
+    _run = make(source)
 
 
-def _work(unit: Unit) -> list[Result]:
+def _work(unit: Any) -> list[Any]:
     assert _run is not None
     return _run.carry_out(unit)
 
 
-def run_all(plan: Plan, source: Source, workers: int, console: Console) -> None:
-    """Carry out what the plan still lacks; a unit's rows are written as soon as it is done."""
+def run_all(plan: Any, source: Any, workers: int, console: Console, make: Callable[[Any], Any] = Run) -> None:
+    """Carry out what the plan still lacks; a unit's rows are written as soon as it is done.
+
+    Args:
+        plan: names the units (`next`, `done`, `slots`), and has their `store`.
+        source: what `make` needs.
+        workers: number of processes of one thread.
+        console: to print to.
+        make: makes what carries out a unit, once in each worker.
+    """
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PEFT_POLY_QUIET": "1"}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    running: dict[Unit, Future[list[Result]]] = {}
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (source,))
+    running: dict[Any, Future[list[Any]]] = {}
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (make, source))
     with pool, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("units", total=len(plan.slots), completed=plan.done())
         while True:
@@ -56,7 +63,7 @@ def run_all(plan: Plan, source: Source, workers: int, console: Console) -> None:
                 progress.update(bar, completed=plan.done(), description=f"{unit.stage}, seed {unit.seed}")
 
 
-def _said(unit: Unit, results: list[Result]) -> str:
+def _said(unit: Any, results: list[Any]) -> str:
     shots = f", {unit.shots} rows, draw {unit.draw}" if unit.shots else ""
     mean = fmean(result.accuracy for result in results)
     return f"{unit.stage}, seed {unit.seed}: {unit.line} [{unit.rates}]{shots}: {mean:.2f} ({results[0].seconds:g} s)"

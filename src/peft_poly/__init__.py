@@ -8,7 +8,7 @@ from . import compat
 compat.check_peft()
 compat.add_peft_type()
 
-from .adapter.heads import TaskHeads  # noqa: E402
+from .adapter.labelled.heads import TaskHeads  # noqa: E402
 from .checkpoints.conversion import convert_checkpoint  # noqa: E402
 from .checkpoints.export import export_lora  # noqa: E402
 from .checkpoints.from_loras import from_loras  # noqa: E402

@@ -10,12 +10,21 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .labels import TaskLabels, read_task_labels
+from .recommended import ROUTER_LR, settings_for
 
 __all__ = ["PolyConfig"]
 
 GRANULARITIES = ("layer", "block", "model")
 INITS = (True, False, "mhr")
 HEADED = ("SEQ_CLS", "TOKEN_CLS")  # task types whose models end in a layer of labels
+UNKNOWN = ("error", "mean")
+
+
+class _One(int):
+    """A 1 that can be told from one that was typed."""
+
+
+NOT_GIVEN = _One(1)
 
 
 class KindSettings(Protocol):
@@ -32,7 +41,8 @@ class KindSettings(Protocol):
         """A router for these settings."""
 
 
-KINDS: dict[str, KindSettings] = {}  # by `poly_type`; `peft_poly.compute.kinds` enters them
+# By `poly_type`; `peft_poly.compute.kinds` enters them, and a reload of this module keeps them.
+KINDS: dict[str, KindSettings] = globals().get("KINDS", {})
 
 
 @dataclass
@@ -71,15 +81,20 @@ class PolyConfig(PeftConfig):
             for a number to predict, or `{"labels": ..., "kind": "single_label" | "multi_label" | "regression",
             "weights": [...]}`, where weights, one for each label, multiply the loss of the rows that have it. Sets
             `task_names` if those are not given.
-        lora_alpha (`float`): The update is scaled by `lora_alpha / r`. The default is that of PEFT's own Poly, and at
-            the learning rate of a LoRA it hardly moves. `r * n_skills` did best on real tasks (the page on
-            quality of the documentation).
+        lora_alpha (`float`): The update is scaled by `lora_alpha / r`. The default, 1, is that of PEFT's
+            own Poly, and at the learning rate of a LoRA it hardly moves: an adapter that is made for training with
+            it says so. `PolyConfig.recommended` sets what did best.
         lora_dropout (`float`): Dropout on the input of the adapter while training.
         router_temperature (`float`): Temperature of the relaxed Bernoulli; 1 as in the papers.
         router_noise (`bool`): True: training samples the relaxed Bernoulli. False: training uses the sigmoid too, as
             the MHR recipe for T0 does.
         router_granularity (`"layer" | "block" | "model"`): One router per adapted layer, per repeated block, or for
             the whole model. Layers outside any repeated block keep their own under `"block"`.
+        router_lr (`float`, *optional*): Learning rate of the router rows, for `create_poly_optimizer` and for a
+            `Trainer` that is given no optimizer. None: what is recommended for the kind. Any number is taken as it
+            is; the skills' own rate makes one rate for all.
+        unknown_task (`"error" | "mean"`): What a task name gets that the adapter does not have. `"mean"`: in eval
+            mode, the mean row of the router's logits. While training, and for ids out of range, it is an error.
 
     Raises:
         ValueError: A setting is outside what is allowed; the message names it, the value and what to do.
@@ -128,17 +143,25 @@ class PolyConfig(PeftConfig):
     task_labels: Optional[dict[str, Any]] = field(
         default=None, metadata={"help": "The labels of each task, for a head per task."}
     )
-    lora_alpha: float = field(default=1, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_alpha: float = field(default=NOT_GIVEN, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapter."})
     router_temperature: float = field(default=1.0, metadata={"help": "Temperature of the relaxed Bernoulli."})
     router_noise: bool = field(default=True, metadata={"help": "Sample the routing while training."})
     router_granularity: Literal["layer", "block", "model"] = field(
         default="layer", metadata={"help": "One router per adapted layer, per repeated block, or for the model."}
     )
+    router_lr: Optional[float] = field(
+        default=None, metadata={"help": "Learning rate of the router. Default: what is recommended for its kind."}
+    )
+    unknown_task: Literal["error", "mean"] = field(
+        default="error", metadata={"help": "What an unknown task name gets at eval: an error, or the mean row."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PEFT_POLY  # type: ignore[attr-defined]
+        self.has_plain_scale = self.lora_alpha is NOT_GIVEN  # one that was read from a file was given
+        self.lora_alpha = 1 if self.has_plain_scale else self.lora_alpha
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as all PEFT configs do
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -160,6 +183,39 @@ class PolyConfig(PeftConfig):
             raise ValueError(f"`poly_type` must be one of {sorted(KINDS)}, got {self.poly_type!r}.")
         self.n_skills = self.kind.n_skills if self.n_skills is None else self.n_skills
         self.n_splits = self.kind.n_splits if self.n_splits is None else self.n_splits
+
+    @classmethod
+    def recommended(
+        cls, *, task_names: Optional[list[str]] = None, poly_type: Literal["poly"] = "poly", **overrides: Any
+    ) -> PolyConfig:
+        """The settings that did best in this project's benchmarks, for one kind of adapter.
+
+        Train the skills at 1e-3 to 3e-3; the router's rate is that of `effective_router_lr`.
+
+        Args:
+            task_names: a name for each task.
+            poly_type: the kind.
+            overrides: any other setting of a `PolyConfig`. `lora_alpha` follows `r` and `n_skills` unless it is given.
+
+        Raises:
+            ValueError: a setting is outside what is allowed.
+
+        Example:
+
+        ```py
+        >>> from peft_poly import PolyConfig
+        >>> config = PolyConfig.recommended(task_names=["rte", "sst2"], r=4)
+        >>> config.r, config.n_skills, config.lora_alpha, config.effective_router_lr
+        (4, 8, 32, 0.1)
+
+        ```
+        """
+        return cls(task_names=task_names, poly_type=poly_type, **settings_for(poly_type, overrides))
+
+    @property
+    def effective_router_lr(self) -> float:
+        """`router_lr`, or the rate that is recommended for this kind."""
+        return ROUTER_LR[self.poly_type] if self.router_lr is None else self.router_lr
 
     def _check_targets(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):
@@ -209,8 +265,10 @@ class PolyConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        for name in ("lora_alpha", "router_temperature"):
+        for name in ("lora_alpha", "router_temperature", "router_lr"):
             value = getattr(self, name)
+            if name == "router_lr" and value is None:
+                continue
             if not _is_number(value) or value <= 0:
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
@@ -223,6 +281,8 @@ class PolyConfig(PeftConfig):
             raise ValueError(f"`init_weights` must be one of {INITS}, got {self.init_weights!r}.")
         if self.router_granularity not in GRANULARITIES:
             raise ValueError(f"`router_granularity` must be one of {GRANULARITIES}, got {self.router_granularity!r}.")
+        if self.unknown_task not in UNKNOWN:
+            raise ValueError(f"`unknown_task` must be one of {UNKNOWN}, got {self.unknown_task!r}.")
 
 
 def check_task_names(names: object) -> None:

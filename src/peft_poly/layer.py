@@ -21,17 +21,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .compute.base_layers import is_linear
-from .compute.initialisation import draw_skills
+from .compute.keeping.kept import shortcut_of
+from .compute.keeping.serving import check_not_serving
 from .compute.kinds import KINDS
-from .compute.kinds.kept import shortcut_of
-from .compute.kinds.serving import check_not_serving
+from .compute.kinds.initialisation import draw_skills
 from .compute.merging import merge, unmerge
-from .compute.paths import choose_path
+from .compute.onloading import at_hand, execution_device, is_elsewhere, is_offloaded
+from .compute.paths import Path, choose_path
 from .compute.states import evaluating, keep_requires_grad
 from .config import PolyConfig
 from .router import Router, get_router
+from .tasks.batch import TaskBatch
 from .tasks.context import TaskContext
 from .tasks.ids import TaskIds
+from .tasks.rows.calls import place_of_rows
 
 __all__ = ["Linear", "PolyLayer"]
 
@@ -88,6 +91,7 @@ class PolyLayer(BaseTunerLayer):
         self.merged_tasks: dict[str, int] = {}
         self.frozen_peft_weight_names = {}
         self.cast_input_dtype_enabled = True
+        self.row_dim, self.rows_known = 0, False  # where the rows of a call are in its input; see `tasks/rows/calls.py`
         self.kwargs = kwargs
 
         base = self.get_base_layer()
@@ -165,7 +169,8 @@ class PolyLayer(BaseTunerLayer):
 
     def mixed_pair(self, adapter_name: str, task_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The low-rank pairs of tasks: `(b,) -> (b, in, r), (b, r, out)`, dtype of the adapter."""
-        return KINDS[self.poly_type[adapter_name]].pair(self, adapter_name, task_ids)
+        with at_hand(self, [adapter_name], task_ids):
+            return KINDS[self.poly_type[adapter_name]].pair(self, adapter_name, task_ids)
 
     def get_delta_weight(self, adapter: str, task: Union[int, str, None] = None) -> torch.Tensor:
         """What a task adds to the base weight, in its layout, `(out, in)` or `(in, out)` for Conv1D.
@@ -178,9 +183,8 @@ class PolyLayer(BaseTunerLayer):
             ValueError: the adapter has several tasks and none was chosen.
         """
         task_id = self.task_context.one_task(adapter, task)
-        ids = torch.tensor([task_id], device=self.poly_lora_A[adapter].device)
         with evaluating(self.poly_router[adapter]):
-            A, B = self.mixed_pair(adapter, ids)
+            A, B = self.mixed_pair(adapter, torch.tensor([task_id]))
         delta = (A[0].float() @ B[0].float()) * self.scaling[adapter]
         return (delta if self.fan_in_fan_out else delta.T).to(A.dtype)
 
@@ -200,6 +204,8 @@ class PolyLayer(BaseTunerLayer):
         super().enable_adapters(enabled)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
+        if device is None and is_offloaded(self.get_base_layer()):
+            device = execution_device(self.get_base_layer())
         with keep_requires_grad(self, adapter_name):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
@@ -288,7 +294,32 @@ class Linear(nn.Module, PolyLayer):
             return self.base_layer(x, *args, **kwargs)
         n_rows = x.shape[0] if x.dim() > 1 else 1
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
-        return choose_path(self, x, active)(self, x, active, batch, n_rows, args, kwargs)
+        if self.training and batch is not None and batch.unknown:
+            self.task_context.check_known(batch)
+        path = choose_path(self, x, active, batch)
+        if is_elsewhere(self, active):
+            with at_hand(self, active, x):
+                return self._routed(path, x, active, batch, n_rows, args, kwargs, said=task_ids is not None)
+        return self._routed(path, x, active, batch, n_rows, args, kwargs, said=task_ids is not None)
+
+    def _routed(
+        self,
+        path: Path,
+        x: torch.Tensor,
+        active: list[str],
+        batch: Optional[TaskBatch],
+        n_rows: int,
+        args: Any,
+        kwargs: Any,
+        said: bool,
+    ) -> torch.Tensor:
+        if batch is None or not batch.mixed or said:
+            return path(self, x, active, batch, n_rows, args, kwargs)
+        dim, batch = place_of_rows(self, x, batch)
+        if dim == 0:
+            return path(self, x, active, batch, n_rows, args, kwargs)
+        y = path(self, x.transpose(0, dim), active, batch, x.shape[dim], args, kwargs)
+        return y.transpose(0, dim).contiguous()  # as the base layer returns it: models look at it by `view`
 
     def _without_routing(self, x: torch.Tensor, args: Any, task_ids: Optional[TaskIds], kwargs: Any) -> torch.Tensor:
         if self._disable_adapters and self.merged_adapters:

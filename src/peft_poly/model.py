@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional, cast
@@ -13,7 +16,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from torch import nn
 
 from .adapter.adaptation import is_router_only
-from .adapter.classifiers import (
+from .adapter.copies import copy_adapter
+from .adapter.labelled.calls import LabelledCalls
+from .adapter.labelled.classifiers import (
     check_has_head,
     describe_labels,
     give_back_layers,
@@ -21,25 +26,33 @@ from .adapter.classifiers import (
     install_heads,
     replace_heads,
     reserve_layers,
+    tell_heads,
     train_shared_layers,
 )
-from .adapter.heads import TaskHeads
-from .adapter.labelled_calls import LabelledCalls
+from .adapter.labelled.heads import TaskHeads
 from .adapter.sharing import router_group, shared_router_keys
-from .adapter.targets import check_architecture, check_target
-from .compute.call_weights import CallWeights
+from .adapter.targets import check_architecture, check_target, warn_of_fused_experts
+from .compute.call_routing import CallRouting
 from .compute.gradients import let_gradients_pass, warn_of_rounding
-from .compute.kinds.serving import check_not_serving
+from .compute.keeping.serving import check_not_serving
+from .compute.onloading import is_offloaded
 from .compute.states import keep_requires_grad
 from .config import PolyConfig
 from .layer import Linear, PolyLayer
+from .recommended import plain_defaults_message
 from .router import Router, get_router
+from .tasks.batch import generation, how_rows_repeat, kept_in_generation
 from .tasks.choosing import task_contexts
-from .tasks.context import TaskContext, generation
+from .tasks.context import TaskContext
 from .tasks.ids import TaskIds, rows_of_call
+from .tasks.rows.by_task import let_attention_compute_by_task
+from .tasks.rows.calls import follow_calls, stop_following
+from .tasks.transforms import is_transformed
 from .verbs import TaskVerbs
 
-__all__ = ["PolyModel", "tuner_of"]
+__all__ = ["PASSED", "PolyModel", "tuner_of"]
+
+PASSED = "_task_ids_of_base_model"  # PEFT's classes take `task_ids` out of a call, and hand on what they do not know
 
 
 class PolyModel(TaskVerbs, BaseTuner):
@@ -83,11 +96,14 @@ class PolyModel(TaskVerbs, BaseTuner):
         self.task_context = found[0] if found else TaskContext(self.peft_config)
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        if not any(_notes_tasks(hook) for hook in model._forward_hooks.values()):
-            model.register_forward_hook(self.task_context.note_outputs)
+        follow_calls(model, self.task_context)
+        let_attention_compute_by_task(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection of an adapter's layers; one that fails leaves the model as it was.
+
+        Given the very config object of an adapter that is there, as TRL's trainers do for their reference, the new
+        adapter starts as a copy of that one.
 
         Args:
             model: the base model.
@@ -101,15 +117,23 @@ class PolyModel(TaskVerbs, BaseTuner):
                 `forward` its model never calls.
         """
         check_not_serving(self.task_context, "Adding an adapter")
+        source = self._source_of_copy(adapter_name)
         self._adapted: Optional[list[PolyLayer]] = None
+        # Where the base model's own `forward` takes `task_ids`; noted here, for no compiler can look at a signature.
+        self.ids_position = _position_of_ids(type(model).forward)
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
             config = cast(PolyConfig, self.peft_config[adapter_name])
+            warn_of_fused_experts(model, config.target_modules)
             reserve_layers(model, config)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if install_heads(model, config, adapter_name):
-                LabelledCalls().hook(model)
+            with torch.inference_mode(False):  # whose tensors could never be trained
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if install_heads(model, config, adapter_name):
+                    LabelledCalls().hook(model)
+                if source is not None:
+                    copy_adapter(model, source, adapter_name)
+            tell_heads(model, self.task_context)
         except Exception:
             self._take_back(adapter_name)
             for parameter, flag in trainable.items():
@@ -117,6 +141,22 @@ class PolyModel(TaskVerbs, BaseTuner):
             raise
         finally:
             del self._routers
+        config = cast(PolyConfig, self.peft_config[adapter_name])
+        if config.has_plain_scale and config.r * config.n_skills > 1 and not config.inference_mode:
+            warnings.warn(plain_defaults_message(adapter_name, config.r, config.n_skills))
+
+    def _source_of_copy(self, adapter_name: str) -> Optional[str]:
+        """The adapter whose own config object the new one was given; the new one then gets a config of its own."""
+        config = self.peft_config[adapter_name]
+        for name, other in self.peft_config.items():
+            if other is config and name != adapter_name:
+                self.peft_config[adapter_name] = copy.deepcopy(config)
+                warnings.warn(
+                    f"Adapter {adapter_name!r} starts as a copy of {name!r}, since it was given that adapter's own "
+                    "config. For a new one, pass a config of its own."
+                )
+                return name
+        return None
 
     def _take_back(self, adapter_name: str) -> None:
         """Remove what a failed injection had put in, so that the model is as it was before."""
@@ -181,14 +221,15 @@ class PolyModel(TaskVerbs, BaseTuner):
             for layer in self.modules():
                 if isinstance(layer, PolyLayer):
                     stack.enter_context(keep_requires_grad(layer, adapter_name))
+            stack.enter_context(torch.inference_mode(False))
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for heads in heads_of(self.model, adapter_name) if autocast_adapter_dtype else ():
-            heads.to(torch.promote_types(next(heads.parameters()).dtype, torch.float32))
+            for heads in heads_of(self.model, adapter_name) if autocast_adapter_dtype else ():
+                heads.to(torch.promote_types(next(heads.parameters()).dtype, torch.float32))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, PolyLayer):
+        if isinstance(new_module, PolyLayer) and not is_offloaded(child):  # whose weight is not where it is used
             super()._replace_module(parent, child_name, new_module, child)
-        else:  # back to the base layer; PEFT would set its `weight` anew, and some quantised layers have none
+        else:  # or back to the base layer; PEFT would set its `weight` anew, and some quantised layers have none
             setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,10 +239,9 @@ class PolyModel(TaskVerbs, BaseTuner):
         labels = None if task is None else replace_heads(model, task)
         if labels is not None:
             describe_labels(model, labels)
+        tell_heads(model, None)
         LabelledCalls.unhook(model)
-        for key, hook in list(model._forward_hooks.items()):
-            if _notes_tasks(hook):
-                del model._forward_hooks[key]
+        stop_following(model)
         return model
 
     def _prepare_layers_to_save(self, merge: bool) -> Optional[str]:
@@ -263,12 +303,17 @@ class PolyModel(TaskVerbs, BaseTuner):
             kwargs: arguments of the base model.
 
         Returns:
-            What the base model returns.
+            What the base model returns. One whose own `forward` takes `task_ids` gets what was passed.
 
         Raises:
             ValueError: as `PolyModel.routed`.
         """
+        passed = kwargs.pop(PASSED, task_ids)
+        if task_ids is None and self.ids_position is not None and len(args) > self.ids_position:
+            task_ids = args[self.ids_position]
         with self.routed(args, kwargs, task_ids):
+            if passed is not None and self.ids_position is not None:
+                kwargs["task_ids"] = passed
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
@@ -285,8 +330,27 @@ class PolyModel(TaskVerbs, BaseTuner):
         Raises:
             ValueError: as `PolyModel.routed`.
         """
-        with generation(), self.routed(args, kwargs, task_ids):
+        with self.routed_generate(args, kwargs, task_ids):
+            if task_ids is not None and self.ids_position is not None:
+                kwargs["task_ids"] = task_ids
             return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def routed_generate(
+        self, args: tuple, kwargs: dict[str, Any], task_ids: Optional[TaskIds] = None
+    ) -> Iterator[None]:
+        """As `routed`, for `generate`: transformers', or the model's own.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: its keyword arguments.
+            task_ids: tasks of the rows, as in `routed`.
+
+        Raises:
+            ValueError: as `routed`.
+        """
+        with generation(*how_rows_repeat(self.model, kwargs)), self.routed(args, kwargs, task_ids):
+            yield
 
     @contextmanager
     def routed(self, args: tuple, kwargs: dict[str, Any], task_ids: Optional[TaskIds] = None) -> Iterator[None]:
@@ -308,16 +372,13 @@ class PolyModel(TaskVerbs, BaseTuner):
             with self._base_tasks(task_ids, active):
                 yield
             return
-        n_rows, repeats = rows_of_call(args, kwargs)
+        n_rows = rows_of_call(args, kwargs)[0]
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
-        if repeats > 1 and batch is not None:
-            batch = batch.repeat(n_rows, repeats)
-        weights = (
-            None
-            if torch.compiler.is_compiling() or torch.is_grad_enabled()
-            else CallWeights(cast(list[Linear], self._layers()))
-        )
-        with self.task_context.use(batch, weights):
+        routing = self.task_context.routing if task_ids is None else None  # of the door outside of this one
+        watched = torch.compiler.is_compiling() or is_transformed() or (batch is not None and bool(batch.unknown))
+        if routing is None and not watched and kept_in_generation() is None:
+            routing = CallRouting(cast(list[Linear], self._layers()), active, batch, n_rows)
+        with self.task_context.use(batch, routing):
             yield
 
     @contextmanager
@@ -347,11 +408,12 @@ class PolyModel(TaskVerbs, BaseTuner):
         return False
 
 
+def _position_of_ids(forward: Any) -> Optional[int]:
+    names = list(inspect.signature(forward).parameters)
+    return names.index("task_ids") - 1 if "task_ids" in names else None
+
+
 def tuner_of(model: Any) -> Optional[PolyModel]:
     """The tuner of a `PeftModel` with a task-routed adapter; None for every other model."""
     tuner = getattr(model, "_modules", {}).get("base_model")
     return tuner if hasattr(type(tuner), "routed") else None  # not by the class, which a reload replaces
-
-
-def _notes_tasks(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), TaskContext)

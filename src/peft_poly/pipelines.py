@@ -1,6 +1,8 @@
-"""transformers' pipelines for classification take `task_ids=`, and answer with the labels of each input's own task.
+"""transformers' pipelines take `task_ids=`; those for classification answer with the labels of each input's own task.
 
-A task goes with its input through the batches of a pipeline; its logits come out, cut to its labels, with its names.
+A pipeline hands what it does not know to its tokenizer, which drops it. So every pipeline computes inside `use_task`.
+In one for classification a list of tasks goes with a list of inputs, through its batches, and the logits come out cut
+to the labels of their task, with its names.
 """
 
 from __future__ import annotations
@@ -8,10 +10,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Optional
 
 import torch
 from transformers.pipelines import (
@@ -20,16 +23,18 @@ from transformers.pipelines import (
     TextClassificationPipeline,
     TokenClassificationPipeline,
 )
+from transformers.pipelines.base import Pipeline
 
-from .adapter.classifiers import active_heads, labelled
-from .config import PolyConfig
+from .adapter.labelled.classifiers import active_heads, labelled
+from .adapter.labelled.heads import TaskHeads
 from .labels import TaskLabels
 from .model import tuner_of
+from .tasks.choosing import routed_layers, task_contexts, use_task
 from .tasks.ids import resolve_task
 
-__all__ = ["PIPELINES", "STEPS"]
+__all__ = ["STEPS"]
 
-PIPELINES = (
+CLASSIFYING = (
     AudioClassificationPipeline,
     ImageClassificationPipeline,
     TextClassificationPipeline,
@@ -51,9 +56,7 @@ def _sorting_parameters(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        task_ids = kwargs.pop(IDS, None)
-        tuner = tuner_of(self.model)
-        heads = None if tuner is None else active_heads(tuner.model)
+        task_ids, heads = kwargs.pop(IDS, None), _heads_of(self)
         widest = None if heads is None else max(heads.labels.values(), key=len)  # some limit `top_k` by it
         sorting = self if widest is None else _of_task(self, widest)
         preprocess, forward, postprocess = method(sorting, *args, **kwargs)
@@ -62,13 +65,44 @@ def _sorting_parameters(method: Callable) -> Callable:
     return wrapper
 
 
+def _entering(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        has_tasks = _has_tasks(self)
+        if not has_tasks and not isinstance(self, CLASSIFYING):
+            return method(self, *args, **kwargs)
+        if IDS in self._preprocess_params:  # given when the pipeline was made
+            self.task_ids = self._preprocess_params.pop(IDS)
+        ids = kwargs.pop(IDS, getattr(self, IDS, None))
+        if ids is None:
+            return method(self, *args, **kwargs)
+        if not has_tasks:
+            raise ValueError(f"`task_ids` is for models with a task-routed adapter, not {type(self.model).__name__}.")
+        with use_task(self.model, ids):
+            found = method(self, *args, **kwargs)
+        return found if isinstance(found, (list, dict)) else _one_by_one(self.model, ids, iter(found))
+
+    return wrapper
+
+
+def _one_by_one(model: torch.nn.Module, ids: Any, found: Iterator) -> Iterator:
+    """What a pipeline computes only when it is asked for it, each with its tasks."""
+    while True:
+        with use_task(model, ids):
+            try:
+                item = next(found)
+            except StopIteration:
+                return
+        yield item
+
+
 def _pairing(method: Callable) -> Callable:
     """A list of tasks has one for each of a list of inputs."""
 
     @functools.wraps(method)
     def wrapper(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         tasks = kwargs.get(IDS)
-        if not isinstance(tasks, (list, tuple, torch.Tensor)):
+        if not isinstance(tasks, (list, tuple, torch.Tensor)) or not _has_tasks(self):
             return method(self, inputs, *args, **kwargs)
         if not isinstance(inputs, list) or len(inputs) != len(tasks):
             given = len(inputs) if isinstance(inputs, list) else f"a {type(inputs).__name__}"
@@ -77,7 +111,7 @@ def _pairing(method: Callable) -> Callable:
                 "one task for each, or one task for all."
             )
         tasks = tasks.tolist() if isinstance(tasks, torch.Tensor) else tasks
-        del kwargs[IDS]
+        kwargs[IDS] = None
         pairs = [_WithTask(one, task) for one, task in zip(inputs, tasks, strict=True)]
         return method(self, pairs, *args, **kwargs)
 
@@ -87,17 +121,10 @@ def _pairing(method: Callable) -> Callable:
 def _preprocessing(method: Callable) -> Callable:
     @functools.wraps(method)
     def wrapper(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        task = kwargs.pop(IDS, None)
-        if isinstance(inputs, _WithTask):
-            inputs, task = inputs.inputs, inputs.task
-        found: Any = method(self, inputs, *args, **kwargs)
-        if task is None:
-            return found
-        tuner = tuner_of(self.model)
-        if tuner is None:
-            raise ValueError(f"`task_ids` is for models with a task-routed adapter, not {type(self.model).__name__}.")
-        name = tuner.active_adapters[0]
-        ids = torch.tensor([resolve_task(task, cast(PolyConfig, tuner.peft_config[name]), name)])
+        if not isinstance(inputs, _WithTask):
+            return method(self, inputs, *args, **kwargs)
+        found: Any = method(self, inputs.inputs, *args, **kwargs)
+        ids = _id_of(inputs.task, self.model)
         if inspect.isgenerator(found):
             parts: Any = found
             return ({**part, IDS: ids} for part in parts)
@@ -107,16 +134,21 @@ def _preprocessing(method: Callable) -> Callable:
     return wrapper
 
 
+def _id_of(task: Any, model: torch.nn.Module) -> torch.Tensor:
+    """The task's id, `(1,)`: names cannot be put together to a batch."""
+    layer = next(routed_layers(model))
+    name = next(name for name in layer.active_adapters if name in layer.poly_lora_A)
+    return torch.tensor([resolve_task(task, layer.task_context.configs[name], name)])
+
+
 def _computing(method: Callable) -> Callable:
     @functools.wraps(method)
     def wrapper(self: Any, model_inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        tuner = tuner_of(self.model)
-        if tuner is None:
+        if not _has_tasks(self):
             return method(self, model_inputs, *args, **kwargs)
         task_ids = model_inputs.pop(IDS, None)
-        with tuner.routed((), dict(model_inputs), task_ids):
-            outputs = method(self, model_inputs, *args, **kwargs)
-            heads = active_heads(tuner.model)
+        with nullcontext() if task_ids is None else use_task(self.model, task_ids):
+            outputs, heads = method(self, model_inputs, *args, **kwargs), _heads_of(self)
             if heads is not None:
                 n_rows = outputs["logits"].shape[0]
                 outputs[IDS] = heads.heads_of_rows(n_rows).expand(n_rows)
@@ -133,8 +165,8 @@ def _naming(method: Callable) -> Callable:
         )  # of a long text: several
         if not parts or IDS not in parts[0]:
             return method(self, model_outputs, *args, **kwargs)
-        tuner = tuner_of(self.model)
-        labels = list(cast(Any, active_heads(cast(Any, tuner).model)).labels.values())[int(parts[0][IDS][0])]
+        heads: Any = _heads_of(self)
+        labels = list(heads.labels.values())[int(parts[0][IDS][0])]
         for part in parts:  # in its place, for some pipelines want a dict and others an output with attributes
             part["logits"] = part["logits"][..., : len(labels)]
         return method(_of_task(self, labels), model_outputs, *args, **kwargs)
@@ -149,10 +181,25 @@ def _of_task(pipeline: Any, labels: TaskLabels) -> Any:
     return pipeline
 
 
-STEPS: dict[str, Callable[[Callable], Callable]] = {
+def _has_tasks(pipeline: Any) -> bool:
+    model = getattr(pipeline, "model", None)
+    return isinstance(model, torch.nn.Module) and bool(task_contexts(model))
+
+
+def _heads_of(pipeline: Any) -> Optional[TaskHeads]:
+    model = pipeline.model
+    tuner = tuner_of(model)
+    return active_heads(model if tuner is None else tuner.model) if isinstance(model, torch.nn.Module) else None
+
+
+OF_CLASSIFIERS: dict[str, Callable[[Callable], Callable]] = {
     "__call__": _pairing,
     "_forward": _computing,
     "_sanitize_parameters": _sorting_parameters,
     "postprocess": _naming,
     "preprocess": _preprocessing,
+}
+STEPS: dict[type, dict[str, Callable[[Callable], Callable]]] = {
+    Pipeline: {"__call__": _entering},
+    **dict.fromkeys(CLASSIFYING, OF_CLASSIFIERS),
 }

@@ -5,7 +5,7 @@ PEFT hands `task_ids` on for its own Poly only, and its `generate` and plain `Pe
 `task_ids` out of the call and enters the tuner's context with them; every other model passes straight through. The
 saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`; so are
 `load_adapter`, for the check of names in `loading.py`, transformers' `Trainer`, for the lessons of `trainer.py`, and
-its pipelines for classification, for the steps of `pipelines.py`.
+its pipelines, for the steps of `pipelines.py`.
 Wrapping keeps names and signatures, is marked, and is done once however often the package is imported or reloaded.
 """
 
@@ -15,20 +15,25 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.peft_model import PeftModel
 from peft.utils import PeftType, register_peft_method
+from torch.utils import checkpoint
 from transformers import GenerationMixin
 
 from .checkpoints import loading, saving
 from .config import PolyConfig
-from .model import PolyModel, tuner_of
-from .pipelines import PIPELINES, STEPS
-from .tasks.context import generation
+from .model import PASSED, PolyModel, tuner_of
+from .pipelines import STEPS
+from .tasks.batch import current_generation, generation, how_rows_repeat, rows_left_message
+from .tasks.choosing import check_one_task_is_set, task_contexts
+from .tasks.ids import rows_of_call
+from .tasks.recomputing import binding_first_argument, binding_second_argument
 from .training.trainer import LESSONS
 
 __all__ = ["register"]
@@ -45,16 +50,22 @@ def register() -> None:
     register_peft_method(name=NAME, config_cls=PolyConfig, model_cls=PolyModel, prefix=PolyModel.prefix)
     for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
         _wrap(cls, "forward", _routed)
-        _wrap(cls, "generate", _routed)
+        _wrap(cls, "generate", functools.partial(_routed, door="routed_generate"))
     _wrap(GenerationMixin, "generate", _generating)
+    for cls in GenerationMixin.__mro__[1:]:
+        _wrap(cls, "init_continuous_batching", _in_its_own_thread)
+    _wrap(checkpoint, "_checkpoint_without_reentrant_generator", binding_first_argument)
+    _wrap(checkpoint.CheckpointFunction, "forward", binding_second_argument)
+    for cls, steps in STEPS.items():
+        for name, make in steps.items():
+            _wrap(cls, name, make)
     _wrap(PeftModel, "load_adapter", _for_poly(loading.load_adapter))
     _wrap(PeftModel, "save_pretrained", _for_poly(saving.save_pretrained))
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
     _wrap(PeftModel, "create_or_update_model_card", _for_poly(saving.create_or_update_model_card))
     _wrap(PeftModel, "get_base_model", _asked_for_base)
-    for cls in PIPELINES:
-        for name, make in STEPS.items():
-            _wrap(cls, name, make)
+    _wrap(PeftModel, "add_adapter", _asked_for_base)
+    _wrap(LoraFAOptimizer, "__init__", _without_poly)
     _teach_trainer()
 
 
@@ -69,7 +80,7 @@ def _wrap(cls: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     setattr(cls, name, wrapper)
 
 
-def _routed(method: Callable) -> Callable:
+def _routed(method: Callable, door: str = "routed") -> Callable:
     parameters = list(inspect.signature(method).parameters)
     position = parameters.index("task_ids") - 1 if "task_ids" in parameters else None
 
@@ -81,29 +92,78 @@ def _routed(method: Callable) -> Callable:
         task_ids = kwargs.pop("task_ids", None)
         if position is not None and len(args) > position:
             task_ids, args = args[position], (*args[:position], None, *args[position + 1 :])
-        with tuner.routed(args, kwargs, task_ids):
+        if tuner.ids_position is not None:
+            if task_ids is not None:
+                kwargs["task_ids" if position is None else PASSED] = task_ids
+            elif position is None and len(args) > tuner.ids_position:
+                task_ids = args[tuner.ids_position]
+        with getattr(tuner, door)(args, kwargs, task_ids):
             return method(self, *args, **kwargs)
 
     return wrapper
 
 
 def _generating(method: Callable) -> Callable:
+    """Says how `generate` repeats rows. One inside another (long recordings, an own `generate`) must keep all rows."""
+
     @functools.wraps(method)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with generation():
-            return method(*args, **kwargs)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_rows_are_whole(self, rows_of_call(args, kwargs)[0])
+        with generation(*how_rows_repeat(self, kwargs)):
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _check_rows_are_whole(model: Any, n_rows: Optional[int]) -> None:
+    outer = current_generation()
+    if outer is None or n_rows is None:
+        return
+    for context in task_contexts(model):
+        batch = context.current()
+        if batch is not None and batch.mixed:
+            before = batch.n_rows if outer.n_rows is None else outer.n_rows
+            if n_rows != before:
+                raise ValueError(rows_left_message(before, n_rows))
+    outer.n_rows = n_rows
+
+
+def _in_its_own_thread(method: Callable) -> Callable:
+    """Continuous batching computes packed rows in a thread of its own, which sees the set task only."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_one_task_is_set(self, "Continuous batching")
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _without_poly(method: Callable) -> Callable:
+    """LoRA-FA derives the gradient of an update from pairs of matrices, which it finds by the order of names."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        groups = list(params)
+        named = [name for group in groups if isinstance(group, dict) for name in group.get("names", ())]
+        if any(f".{PolyModel.prefix}lora_A." in name for name in named):
+            raise ValueError(
+                "LoRA-FA is for plain LoRAs: it corrects the gradient of B by the one A beside it, and here skills are "
+                "mixed. Use `create_poly_optimizer`; to leave A as it is, freeze the `poly_lora_A` tensors."
+            )
+        method(self, groups, *args, **kwargs)
 
     return wrapper
 
 
 def _asked_for_base(method: Callable) -> Callable:
-    """A `Trainer` asks for the base model when it is made: if it was not there to be taught before, now it is."""
+    """A `Trainer` asks for the base model when it is made, TRL's for a reference before: now it can be taught."""
 
     @functools.wraps(method)
-    def wrapper(self: PeftModel) -> Any:
+    def wrapper(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and tuner_of(self) is not None and not _is_taught():
             _teach_trainer()
-        return method(self)
+        return method(self, *args, **kwargs)
 
     return wrapper
 

@@ -101,8 +101,10 @@ class Router(nn.Module, ABC):
         module_logits (`nn.Parameter`): `(n_tasks, columns)`.
         n_splits: h of the weights.
         n_skills: k of the weights.
+        temperature: of its draws, if it samples.
     """
 
+    temperature: float = 1.0
     module_logits: nn.Parameter
     n_splits: int
     n_skills: int
@@ -121,9 +123,40 @@ class Router(nn.Module, ABC):
     def reset(self) -> None:
         """Draw the parameters anew."""
 
+    def noise_like(self, z: torch.Tensor) -> Optional[torch.Tensor]:
+        """A draw for each of rows that are looked up, z `(..., columns)`; None if this router does not sample now."""
+        return None
+
     @abstractmethod
-    def weigh(self, z: torch.Tensor) -> torch.Tensor:
-        """Weights at eval of rows that are looked up: z `(..., columns) -> (..., h, k)`, at least float32."""
+    def route(self, z: torch.Tensor, noise: Optional[torch.Tensor]) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Weights of rows that are looked up, and what their gradient needs beside them.
+
+        Args:
+            z: `(..., columns)`.
+            noise: of `noise_like`.
+
+        Returns:
+            `(..., h, k)`, at least float32, and a tensor of the same shape or None.
+        """
+
+    @abstractmethod
+    def grad_route(self, grad: torch.Tensor, w: torch.Tensor, p: Optional[torch.Tensor], noisy: bool) -> torch.Tensor:
+        """The gradient of z, `(..., h, k)`, from that of the weights.
+
+        Args:
+            grad: `(..., h, k)`.
+            w: what `route` gave.
+            p: the same.
+            noisy: whether it was given noise.
+        """
+
+    def logits_of_tasks(self) -> torch.Tensor:
+        """`module_logits`, `(n_tasks, columns)`; where names may be unknown, the row behind them is their mean."""
+        config: Optional[PolyConfig] = getattr(self, "config", None)
+        logits = self.module_logits
+        if self.training or config is None or config.unknown_task == "error":
+            return logits
+        return torch.cat([logits, logits.mean(dim=0, keepdim=True)])
 
     @abstractmethod
     def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -154,6 +187,7 @@ class PolyRouter(Router):
 
     def __init__(self, poly_config: PolyConfig) -> None:
         super().__init__()
+        self.config = poly_config  # its `unknown_task` may be set at any time
         self.poly_type = poly_config.poly_type
         self.n_skills = poly_config.n_skills
         self.n_splits = poly_config.n_splits
@@ -170,9 +204,26 @@ class PolyRouter(Router):
         """Logits uniform in +-1e-3: every task starts from almost equal weights."""
         nn.init.uniform_(self.module_logits, -1e-3, 1e-3)
 
-    def weigh(self, z: torch.Tensor) -> torch.Tensor:
-        """Mixing weights at eval of logits that are looked up: `(..., h * k) -> (..., h, k)`, at least float32."""
-        return weigh(z.unflatten(-1, (self.n_splits, self.n_skills)))[0]
+    def noise_like(self, z: torch.Tensor) -> Optional[torch.Tensor]:
+        """Noise of the relaxed Bernoulli, a draw per row of z `(..., h * k)`: `(..., h, k)`; None without noise."""
+        return self._draw(*z.shape[:-1]) if self.samples else None
+
+    def route(self, z: torch.Tensor, noise: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixing weights w and the p before normalising, `(..., h, k)`, at least float32.
+
+        Args:
+            z: `(..., h * k)`.
+            noise: `(..., h, k)`, or None for the sigmoid.
+        """
+        return weigh(z.unflatten(-1, (self.n_splits, self.n_skills)), noise, self.temperature)
+
+    def grad_route(self, grad: torch.Tensor, w: torch.Tensor, p: Optional[torch.Tensor], noisy: bool) -> torch.Tensor:
+        """`w (grad - sum_k grad w) (1 - p)`, divided by the temperature if it was `noisy`; all `(..., h, k)`."""
+        assert p is not None
+        grad_z = w * grad
+        grad_z.addcmul_(w, grad_z.sum(dim=-1, keepdim=True), value=-1)
+        grad_z.addcmul_(grad_z, p, value=-1)
+        return grad_z / self.temperature if noisy and self.temperature != 1.0 else grad_z
 
     def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Mixing weights of a batch.
@@ -191,13 +242,13 @@ class PolyRouter(Router):
         if task_ids is None:
             raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
         tasks = task_ids.reshape(-1).to(self.module_logits.device)
-        return route(self.module_logits, tasks, self.noise_for(tasks), self.temperature, self.n_splits)[0]
+        return route(self.logits_of_tasks(), tasks, self.noise_for(tasks), self.temperature, self.n_splits)[0]
 
     def noise_for(self, tasks: torch.Tensor) -> Optional[torch.Tensor]:
         """Noise for one draw per entry of `tasks`, `(g, h, k)`; None if this router does not sample now."""
-        if not self.samples:
-            return None
+        return self._draw(tasks.shape[0]) if self.samples else None
+
+    def _draw(self, *rows: int) -> torch.Tensor:
         logits = self.module_logits
         dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
-        u = torch.rand(tasks.shape[0], self.n_splits, self.n_skills, dtype=dtype, device=logits.device)
-        return _logistic(u)
+        return _logistic(torch.rand(*rows, self.n_splits, self.n_skills, dtype=dtype, device=logits.device))

@@ -12,11 +12,12 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from .adapter import adaptation, growth
-from .adapter.classifiers import heads_of, train_shared_layers
+from .adapter.labelled.classifiers import heads_of, train_shared_layers
 from .checkpoints.export import export_lora
 from .checkpoints.sharding import check_whole
-from .compute.kinds.serving import Serving, check_not_serving, serving
+from .compute.keeping.serving import Serving, check_not_serving, serving
 from .compute.merging import merged_weight
+from .compute.onloading import onloaded
 from .compute.states import evaluating
 from .config import PolyConfig
 from .labels import TaskLabels
@@ -116,14 +117,15 @@ class TaskVerbs(_Tuner):
     # ----------------------------------------------------------------------------------------------------- look at
     @torch.no_grad()
     def routing_weights(self, adapter_name: Optional[str] = None) -> dict[str, torch.Tensor]:
-        """Mixing weights of every task at eval.
+        """Mixing weights of every task at eval; with gates the gates.
 
         Args:
             adapter_name: the adapter.
 
         Returns:
             `{layer name: (n_tasks, n_splits, n_skills)}`, at least float32, detached; the skills of each split sum to
-            1. Layers that share a router have equal entries.
+            1. With gates `{layer name: (n_tasks, 1, r)}`: 1 is the shared LoRA, and they may be negative. Layers that
+            share a router have equal entries.
 
         Raises:
             ValueError: there is no such adapter.
@@ -131,8 +133,8 @@ class TaskVerbs(_Tuner):
         weights = {}
         for key, layer in self._whole_layers(adapter_name, "be looked at").items():
             router = cast(Router, layer.poly_router[self._poly_name(adapter_name)])
-            with evaluating(router):
-                weights[key] = router(torch.arange(router.n_tasks, device=router.module_logits.device)).detach()
+            with evaluating(router), onloaded(self.model):
+                weights[key] = router(torch.arange(router.n_tasks)).detach()
         return weights
 
     # ---------------------------------------------------------------------------------------------- grow and shrink
@@ -142,48 +144,63 @@ class TaskVerbs(_Tuner):
         init: growth.Init = "mean",
         adapter_name: Optional[str] = None,
         labels: Optional[Mapping[str, Any]] = None,
+        optimizer: Optional[torch.optim.Optimizer] = None,
     ) -> list[int]:
         """Append tasks: a router row each on every layer, a head each if tasks have them, and the config. What the
         model computes for the tasks it had stays bit-equal.
 
-        The router's parameters are new objects: make the optimizer afterwards, or make it anew.
+        The router's parameters are new objects: pass the optimizer that trains them, or make it anew.
 
         Args:
             names: the new tasks' names; for an adapter whose tasks have no names, how many to add.
             init: where the rows start: `"mean"` of the known tasks' logits, `"uniform"` weights, the name or id of a
-                task to copy, or `{task: weight}` for a weighted mean of their logits. A head is copied from a task of
-                the same labels, and drawn anew otherwise.
+                task to copy, or `{task: weight}` for a weighted mean of their logits. With gates `"mean"` is exactly
+                the mean of what the known tasks compute, and `"uniform"` the shared LoRA. A head is copied from a
+                task of the same labels, and drawn anew otherwise.
             adapter_name: the adapter.
             labels: the labels of each new task, as in `PolyConfig.task_labels`, where tasks have heads.
+            optimizer: what trains the router: it goes on with all that it has gathered about the known tasks, and has
+                gathered nothing about the new ones, whose heads it trains too if it trains the others'. A learning
+                rate schedule that holds it goes on, too.
 
         Returns:
             The ids of the new tasks.
 
         Raises:
             ValueError: a name is taken, repeated or empty; `init` is unknown; labels are missing, or not wanted; the
-                adapter is merged.
+                adapter is merged; the optimizer trains no router, or keeps what has no row for each task. Nothing has
+                changed then.
         """
         check_not_serving(self.task_context, "`add_tasks`")
         name = self._poly_name(adapter_name)
         layers, heads = self._whole_layers(name, "grow").values(), heads_of(self.model, name)
-        return growth.add_tasks(self._poly_config(name), name, layers, names, init, heads, labels)
+        with onloaded(self.model, changed=True):
+            return growth.add_tasks(self._poly_config(name), name, layers, names, init, optimizer, heads, labels)
 
-    def remove_tasks(self, tasks: Union[Task, Sequence[Task]], adapter_name: Optional[str] = None) -> None:
+    def remove_tasks(
+        self,
+        tasks: Union[Task, Sequence[Task]],
+        adapter_name: Optional[str] = None,
+        optimizer: Optional[torch.optim.Optimizer] = None,
+    ) -> None:
         """Delete tasks. The ids of the tasks behind them move up; names keep their meaning.
 
-        The router's parameters are new objects: make the optimizer afterwards, or make it anew.
+        The router's parameters are new objects: pass the optimizer that trains them, or make it anew.
 
         Args:
             tasks: name or id of one task, or a list of them.
             adapter_name: the adapter.
+            optimizer: what trains the router: it goes on with all that it has gathered about the tasks that stay.
 
         Raises:
-            ValueError: there is no such task; none would be left; it is the set task; the adapter is merged.
+            ValueError: there is no such task; none would be left; it is the set task; the adapter is merged; the
+                optimizer is refused as by `add_tasks`. Nothing has changed then.
         """
         check_not_serving(self.task_context, "`remove_tasks`")
         name = self._poly_name(adapter_name)
         layers, heads = self._whole_layers(name, "shrink").values(), heads_of(self.model, name)
-        growth.remove_tasks(self._poly_config(name), name, layers, tasks, heads)
+        with onloaded(self.model, changed=True):
+            growth.remove_tasks(self._poly_config(name), name, layers, tasks, optimizer, heads)
 
     def rename_task(self, old: Task, new: str, adapter_name: Optional[str] = None) -> None:
         """Give a task another name; its id and what it computes stay.
@@ -204,7 +221,8 @@ class TaskVerbs(_Tuner):
     def train_router_only(self, adapter_name: Optional[str] = None) -> None:
         """MHR-z: freeze the skills, train the router rows (arXiv 2211.03831). `modules_to_save` stay as they are.
 
-        With `task_labels` the heads learn, and the layers before them that all tasks share are frozen with the skills.
+        With gates: freeze the shared LoRA, train the gates, `r` numbers a task and router. With `task_labels` the
+        heads learn, and the layers before them that all tasks share are frozen with the skills.
 
         Raises:
             ValueError: the adapter has one skill, so that there is nothing to route.
@@ -228,6 +246,9 @@ class TaskVerbs(_Tuner):
     def average_skills(self, adapter_name: Optional[str] = None) -> None:
         """MHR-mu: in place, one skill that is the mean of the inventory; the router is flat and frozen.
 
+        With gates: the mean gate is folded into B, and all gates are one, which is exactly the mean of what the tasks
+        compute; `train_all` then trains the gates, too.
+
         All tasks then share one LoRA. What was frozen stays so; `train_all` then trains the mean. The parameters are
         new objects: make the optimizer afterwards.
 
@@ -236,7 +257,9 @@ class TaskVerbs(_Tuner):
         """
         check_not_serving(self.task_context, "`average_skills`")
         name = self._poly_name(adapter_name)
-        adaptation.average_skills(self._poly_config(name), self._whole_layers(name, "be averaged").values(), name)
+        layers = self._whole_layers(name, "be averaged").values()
+        with onloaded(self.model, changed=True):
+            adaptation.average_skills(self._poly_config(name), layers, name)
 
     # ------------------------------------------------------------------------------------------- merge and export
     def merge_adapter(
@@ -248,20 +271,17 @@ class TaskVerbs(_Tuner):
         """Add what one task contributes to the base weights, which then run at the base model's speed.
 
         Args:
-            adapter_names: adapters to merge. Default: the active ones.
+            adapter_names: adapters to merge; those that are merged stay so. Default: the active ones of each layer.
             safe_merge: check for NaN and infinity; if there are any, nothing is merged.
             task: the task, by name or id, or `{adapter: task}`. Default: the set one, or the only one.
 
         Raises:
-            ValueError: no task was chosen; an adapter is merged already; a weight would not be finite.
+            ValueError: no task was chosen; another task is merged already; a weight would not be finite.
         """
         check_not_serving(self.task_context, "`merge_adapter`")
-        names = self.active_adapters if adapter_names is None else adapter_names
         with self.task_context.choosing(task):
-            for name in names:
-                self._check_can_merge(name)
-            self._check_merged_weights(names, safe_merge)
-            super().merge_adapter(adapter_names=names)
+            self._check_can_merge(adapter_names, task, safe_merge)
+            super().merge_adapter(adapter_names=adapter_names)
 
     def merge_and_unload(
         self,
@@ -275,7 +295,7 @@ class TaskVerbs(_Tuner):
         Args:
             progressbar: show one.
             safe_merge: check for NaN and infinity; if there are any, nothing is merged.
-            adapter_names: adapters to merge. Default: the active ones.
+            adapter_names: adapters to merge; those that are merged stay so. Default: the active ones of each layer.
             task: the task, by name or id, or `{adapter: task}`. Default: the set one, or the only one.
 
         Returns:
@@ -285,18 +305,10 @@ class TaskVerbs(_Tuner):
             ValueError: as `merge_adapter`; or another task is merged already.
         """
         check_not_serving(self.task_context, "`merge_and_unload`")
-        names = self.active_adapters if adapter_names is None else adapter_names
         with self.task_context.choosing(task):
-            for name in names:
-                merged = self.task_context.merged.get(name)
-                if merged is None:
-                    self._check_can_merge(name)
-                elif task is not None and self.task_context.one_task(name) != merged:
-                    raise ValueError(self._merged_message(name))
-            names = [name for name in names if name not in self.task_context.merged]
-            self._check_merged_weights(names, safe_merge)
+            more = self._check_can_merge(adapter_names, task, safe_merge)
             unload: Any = self._unload_and_optionally_merge  # typed as returning None
-            return unload(merge=bool(names), progressbar=progressbar, adapter_names=names)
+            return unload(merge=more, progressbar=progressbar, adapter_names=adapter_names)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` can be used: once the task is known, by `set_task` or as the only one."""
@@ -343,19 +355,48 @@ class TaskVerbs(_Tuner):
         check_whole(self.model, [self._poly_name(adapter_name)], to)
         return self._poly_layers(adapter_name)
 
-    def _check_can_merge(self, name: str) -> None:
-        check_whole(self.model, [self._poly_name(name)], "be merged")
-        if name in self.task_context.merged:
-            raise ValueError(self._merged_message(name))
-        self.task_context.one_task(name)
-
-    def _check_merged_weights(self, names: list[str], finite: bool) -> None:
-        """Raise what a merge would, for every layer, before any of them changes."""
-        tasks = {name: self.task_context.one_task(name) for name in names}
-        for layer in self._poly_layers(*names).values():
-            if finite or layer.quantization_backend is not None:
+    def _check_can_merge(self, adapter_names: Optional[list[str]], task: Any, finite: bool) -> bool:
+        """Raise what a merge would, for every layer, before any of them changes; whether there is more to merge."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        names = dict.fromkeys(adapter_names or (name for layer in layers for name in layer.active_adapters))
+        tasks: dict[str, int] = {}
+        for name in names:
+            merged = self.task_context.merged.get(self._poly_name(name))
+            if merged is None or task is not None or self.task_context.default is not None:
+                tasks[name] = self.task_context.one_task(name)
+            if merged is not None and tasks.get(name, merged) != merged:
+                raise ValueError(self._merged_message(name))
+        check_whole(self.model, names, "be merged")
+        more = False
+        for layer in layers:
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            new = [name for name in wanted if name in layer.poly_lora_A and name not in layer.merged_adapters]
+            more = more or bool(new)
+            if new and (finite or layer.quantization_backend is not None):
                 with onload_layer(layer):
-                    merged_weight(layer, {name: tasks[name] for name in names if name in layer.poly_lora_A}, finite)
+                    merged_weight(layer, {name: tasks[name] for name in new}, finite)
+        return more
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+        """Refused: a combination of adapters is no adapter of the same size, whose mix is a product of averages.
+
+        Args:
+            adapters: names of adapters, as in PEFT's LoRA.
+            weights: one for each.
+            adapter_name: of the combination.
+            kwargs: the same.
+
+        Raises:
+            ValueError: always; the message says what gives the exact sum.
+        """
+        raise ValueError(
+            f"Adapters that route tasks are not combined into one ({adapters} into {adapter_name!r}): the sum of their "
+            "updates is no adapter of the same rank. For the exact sum activate them together with "
+            "`model.base_model.set_adapter([...])`, each at its own `set_scale`, or merge them with `merge_adapter("
+            "adapter_names=[...], task=...)`; for arithmetic on one task, `export_lora` each and combine the LoRAs."
+        )
 
     def _merged_message(self, name: str) -> str:
         task, names = self.task_context.merged[name], self._poly_config(name).task_names

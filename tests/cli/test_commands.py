@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import peft
@@ -188,6 +189,26 @@ class TestInspect:
         matrix = torch.tensor(numbers["task_skill"], dtype=torch.float64)
         torch.testing.assert_close(matrix, analysis.task_skill_matrix(routing))
         assert "task" not in numbers
+
+    def test_gates_are_shown_by_rank_and_nothing_is_said_of_skills(self, done, tmp_path):
+        model = save(tmp_path, poly_type="gates", n_splits=None, r=12)
+        routing, adapter = analysis.read_routing(model), tmp_path / "adapter"
+        tables, task = done("inspect", adapter), done("inspect", adapter, "--task", "rte")
+        assert "PEFT_POLY, 3 task(s), rank 12, 14 router(s)" in tables
+        assert "top ranks (gate)" in tables
+        assert "Gates of rte (id 0)" in task
+        metrics = analysis.mean_metrics(routing)
+        numbers = [f"{x:.3f}" for x in (metrics.distance, metrics.between, metrics.negative)]
+        rows = [line.split() for line in tables.splitlines()]
+        assert ["mean", "of", "14", *numbers, f"{metrics.effective_ranks:.2f}"] in rows
+        text = done("inspect", adapter, "--json")
+        assert not re.search("skill|mixing|split|probabilit", tables + task + text)
+        shown = json.loads(text)
+        assert (shown["poly_type"], shown["r"], shown["mean"]) == ("gates", 12, pytest.approx(asdict(metrics)))
+        torch.testing.assert_close(
+            torch.tensor(shown["task_rank"], dtype=torch.float64), analysis.task_skill_matrix(routing)
+        )
+        assert shown["effective_ranks"] == analysis.effective_skills(routing).tolist()
 
     def test_json_of_one_task_has_its_weights(self, done, adapter, model):
         task = json.loads(done("inspect", adapter, "--task", "boolq", "--json"))["task"]

@@ -13,7 +13,7 @@ import adapters
 import peft
 import pytest
 import torch
-from adapters import adapt, spread
+from adapters import GATES, adapt, spread
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import CASES, MLP, TASKS, first, gpt2, llama, naive_merge, naive_pair
 from torch import nn
@@ -24,6 +24,9 @@ from peft_poly import Linear, PolyConfig, PolyLayer, use_task
 from peft_poly.compute.kinds import mixture
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+KINDS = pytest.mark.parametrize(
+    ("case", "settings"), [*((case, {}) for case in CASES), ("llama", GATES), ("gpt2", GATES)], ids=str
+)
 
 
 def poly(case: str = "llama", **settings) -> PolyConfig:
@@ -80,9 +83,9 @@ def ops(model: nn.Module, case: str = "llama", **kwargs) -> Counter:
 
 # --------------------------------------------------------------------------------------------------- in and out again
 @pytest.mark.parametrize("task", [0, 2])
-@pytest.mark.parametrize("case", CASES)
-def test_a_merged_model_is_the_dense_one_and_unmerging_gives_the_adapter_back(case, task):
-    model = adapted(case)
+@KINDS
+def test_a_merged_model_is_the_dense_one_and_unmerging_gives_the_adapter_back(case, settings, task):
+    model = adapted(case, **settings)
     before, routed = weights(model), logits(model, case, task_ids="sst2")
     expected = logits(naive_merge(model.get_base_model(), task), case)
     assert not torch.allclose(expected, logits(naive_merge(model.get_base_model(), 1), case), **CLOSE)
@@ -98,9 +101,9 @@ def test_a_merged_model_is_the_dense_one_and_unmerging_gives_the_adapter_back(ca
     torch.testing.assert_close(logits(model, case, task_ids="sst2"), routed, **CLOSE)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_merge_and_unload_leaves_the_plain_base_model(case):
-    model = adapted(case)
+@KINDS
+def test_merge_and_unload_leaves_the_plain_base_model(case, settings):
+    model = adapted(case, **settings)
     expected = naive_merge(model.get_base_model(), 1)
     merged = model.merge_and_unload(task="sst2")
     torch.testing.assert_close(logits(merged, case), logits(expected, case), **CLOSE)
@@ -239,12 +242,21 @@ def test_an_adapter_that_does_not_exist_is_refused():
 
 
 # ------------------------------------------------------------------------------------------ what a merged model refuses
-@pytest.mark.parametrize("task", ["rte", "boolq"])
-def test_merging_twice_is_refused(task):
+def test_merging_another_task_over_a_merged_one_is_refused():
     model = adapted()
     model.merge_adapter(task="rte")
     before = weights(model)
     with pytest.raises(ValueError, match=r"'default' is merged already, with task 'rte'\. Call `unmerge_adapter\(\)`"):
+        model.merge_adapter(task="boolq")
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("task", ["rte", None])
+def test_merging_the_same_task_again_warns_and_changes_nothing(task):
+    model = adapted()
+    model.merge_adapter(task="rte")
+    before = weights(model)
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
         model.merge_adapter(task=task)
     assert_same(model, before)
 

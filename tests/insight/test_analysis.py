@@ -35,6 +35,19 @@ def random_routing(n_tasks=5, n_splits=2, n_skills=4, n_layers=3, seed=0):
     return routing_of(*torch.rand(n_layers, n_tasks, n_splits, n_skills, generator=generator).tolist())
 
 
+def gates_of(*layers, names=None):
+    """A routing from nested lists of gates, one `(t, r)` per layer."""
+    gates = {f"layer{i}": torch.tensor(layer, dtype=torch.float32).unsqueeze(1) for i, layer in enumerate(layers)}
+    names = list(names or map(str, range(len(layers[0]))))
+    config = peft_poly.PolyConfig(poly_type="gates", r=len(layers[0][0]), task_names=names)
+    return Routing(tuple(names), gates, {}, config)
+
+
+def random_gates(n_tasks=5, r=6, n_layers=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return gates_of(*(1 + torch.randn(n_layers, n_tasks, r, generator=generator)).tolist())
+
+
 def entropy(shares):
     return -sum(share * math.log(share) for share in shares if share > 0)
 
@@ -93,6 +106,61 @@ class TestMetrics:
         routing = Routing(("a", "b"), {"layer0": zero}, {"layer0": zero})
         assert analysis.mean_metrics(routing).usage == 0
         assert torch.isfinite(analysis.task_similarity(routing)).all()
+
+
+class TestGateMetrics:
+    def test_gates_of_one_are_the_shared_lora(self):
+        metrics = analysis.layer_metrics(gates_of([[1.0, 1.0], [1.0, 1.0]]))["layer0"]
+        assert metrics == analysis.GateMetrics(distance=0, between=0, negative=0, effective_ranks=pytest.approx(2))
+
+    def test_tasks_that_move_together_are_not_told_apart(self):
+        metrics = analysis.mean_metrics(gates_of([[3.0, 1.0], [3.0, 1.0]]))
+        assert (metrics.distance, metrics.between) == (pytest.approx(math.sqrt(2)), 0)
+
+    def test_tasks_that_move_in_opposite_ways_have_nothing_in_common(self):
+        metrics = analysis.mean_metrics(gates_of([[3.0, 1.0], [-1.0, 1.0]]))
+        assert (metrics.distance, metrics.between, metrics.negative) == (pytest.approx(math.sqrt(2)), 1, 0.25)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_each_is_what_a_loop_says(self, seed):
+        routing = random_gates(n_tasks=4, r=3, seed=seed)
+        for layer, metrics in analysis.layer_metrics(routing).items():
+            gates = routing.weights[layer][:, 0].tolist()
+            square = sum((g - 1) ** 2 for row in gates for g in row) / 12
+            mean = [sum(row[rank] for row in gates) / 4 for rank in range(3)]
+            own = sum((row[rank] - mean[rank]) ** 2 for row in gates for rank in range(3)) / 12
+            shares = [[g**2 / sum(other**2 for other in row) for g in row] for row in gates]
+            assert metrics.distance == pytest.approx(math.sqrt(square), rel=1e-6)
+            assert metrics.between == pytest.approx(own / square, rel=1e-5)
+            assert metrics.negative == sum(g < 0 for row in gates for g in row) / 12
+            assert metrics.effective_ranks == pytest.approx(sum(math.exp(entropy(row)) for row in shares) / 4, rel=1e-6)
+
+    def test_a_task_uses_the_ranks_whose_gates_are_not_zero(self):
+        routing = gates_of([[2.0, 0.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+        assert analysis.effective_skills(routing).tolist() == pytest.approx([1, 2, 1])
+
+    def test_the_top_ranks_are_those_furthest_from_one(self):
+        routing = gates_of([[1.1, -0.5, 2.0], [1.0, 1.0, 1.0]])
+        assert [rank for rank, _ in analysis.top_skills(routing, 0)] == [1, 2, 0]
+        assert analysis.top_skills(routing, 0, n=1)[0][1] == pytest.approx(-0.5)
+
+    def test_the_cosine_of_gates_may_be_negative(self):
+        routing = gates_of([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
+        assert analysis.task_similarity(routing).tolist() == [[1, -1, 0], [-1, 1, 0], [0, 0, 1]]
+        assert analysis.nearest_tasks(routing, 1, n=2) == [("2", 0), ("0", -1)]
+        assert analysis.task_linkage(routing)[0, 2] == pytest.approx(1)
+
+    @pytest.mark.parametrize("granularity", ["layer", "block", "model"])
+    def test_what_is_read_is_what_the_model_computes_with(self, tmp_path, granularity):
+        model = adapt(llama(), poly("llama", poly_type="gates", r=3, router_granularity=granularity))
+        model.save_pretrained(tmp_path)
+        routing, expected = read_routing(model), model.routing_weights()
+        assert routing.shape == (3, 1, 3)
+        assert not routing.probabilities
+        for layer, router in routing.weights.items():
+            key = next(key for key in expected if key.startswith(layer) or granularity == "model")
+            torch.testing.assert_close(router, expected[key])
+        same(read_routing(tmp_path), routing)
 
 
 class TestMatrix:
@@ -184,7 +252,9 @@ def same(ours, theirs):
     assert ours.task_names == theirs.task_names
     for layer in ours.layers:
         torch.testing.assert_close(ours.weights[layer], theirs.weights[layer], rtol=0, atol=0)
-        torch.testing.assert_close(ours.probabilities[layer], theirs.probabilities[layer], rtol=0, atol=0)
+    assert ours.probabilities.keys() == theirs.probabilities.keys()
+    for layer, p in theirs.probabilities.items():
+        torch.testing.assert_close(ours.probabilities[layer], p, rtol=0, atol=0)
 
 
 class TestReading:

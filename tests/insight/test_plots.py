@@ -11,7 +11,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from scipy.cluster import hierarchy
-from test_analysis import random_routing, routing_of
+from test_analysis import gates_of, random_gates, random_routing, routing_of
 
 from peft_poly.insight import analysis, plots
 
@@ -66,6 +66,20 @@ class TestHeatMap:
         low, high = plots.plot_heat_map(routing_of([[p]])).images[0].get_clim()
         assert (low, high) == (0, pytest.approx(top))
 
+    def test_gates_are_drawn_around_one(self):
+        routing = random_gates()
+        ax = plots.plot_heat_map(routing)
+        low, high = ax.images[0].get_clim()
+        assert (low + high) / 2 == pytest.approx(1)
+        assert low <= cells(ax).min() <= cells(ax).max() <= high
+        assert (ax.get_xlabel(), ax.get_title()) == ("rank", "Gates, mean of the layers")
+        white = ax.images[0].cmap(ax.images[0].norm(1.0))
+        assert min(white) > 0.95
+
+    def test_gates_of_one_are_pale(self):
+        ax = plots.plot_heat_map(gates_of([[1.0, 1.0]]))
+        assert ax.images[0].get_clim() == (pytest.approx(0.9), pytest.approx(1.1))
+
     def test_it_draws_on_the_axes_it_is_given(self):
         ax = Figure().subplots()
         assert plots.plot_heat_map(random_routing(), ax=ax) is ax
@@ -108,6 +122,9 @@ class TestDendrogram:
     def test_tasks_with_equal_routing_can_be_drawn(self):
         ax = plots.plot_dendrogram(routing_of([[[0.5, 0.5]], [[0.5, 0.5]], [[0.5, 0.5]]]))
         assert len(labels(ax.yaxis)) == 3
+
+    def test_its_axis_says_gates(self):
+        assert plots.plot_dendrogram(random_gates()).get_xlabel() == "distance, 1 - cosine of the gates"
 
     def test_one_task_is_refused(self):
         with pytest.raises(ValueError, match="at least two"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from scipy.cluster import hierarchy
-from test_analysis import random_routing, routing_of
+from test_analysis import gates_of, random_gates, random_routing, routing_of
 
 from peft_poly import PolyConfig
 from peft_poly.insight import analysis
@@ -116,6 +116,24 @@ class TestPage:
         assert "3, layer by layer" in page.texts["h2"]
         expected = [f"{value:.2f}" for value in analysis.task_skill_matrix(routing, "layer2")[3].tolist()]
         assert ["layer2", *expected] in page.rows
+
+    def test_of_gates_it_says_nothing_of_skills_or_mixing(self):
+        routing = random_gates(n_tasks=4)
+        page = Page(render_report(routing, task=1))
+        said = [text for tag, texts in page.texts.items() if tag != "style" for text in texts]
+        assert not re.search("skill|mix|split|probabilit|even share", " ".join(said), re.I)
+        summary = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+        assert {name: summary[name] for name in ("tasks", "rank", "routers")} == {
+            "tasks": "4", "rank": "6", "routers": "3",
+        }  # fmt: skip
+        metrics = analysis.mean_metrics(routing)
+        numbers = [f"{x:.3f}" for x in (metrics.distance, metrics.between, metrics.negative)]
+        assert ["mean of 3", *numbers, f"{metrics.effective_ranks:.2f}"] in page.rows
+
+    def test_gates_below_one_have_a_colour_of_their_own(self):
+        page = Page(render_report(gates_of([[0.5, 1.5], [1.0, 1.0]])))
+        shown = [(tag[1].get("class", "").split(), tag[1]["style"]) for tag in page.tags if "--w" in str(tag[1])]
+        assert shown == [(["below", "dark"], "--w:1.00"), (["dark"], "--w:1.00"), ([], "--w:0.00"), ([], "--w:0.00")]
 
     def test_one_task_has_no_tree(self):
         page = Page(render_report(random_routing(n_tasks=1)))

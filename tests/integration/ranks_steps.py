@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import torch
 from accelerate.utils import set_seed
+from adapters import GATES
 from tiny import VOCAB, llama
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -167,10 +168,24 @@ def raw(folder: Path) -> dict[str, Any]:
     }
 
 
-def sharded() -> nn.Module:
+def gated(folder: Path) -> dict[str, Any]:
+    """Gates under DDP, and under `fully_shard`."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    trained = trainer(folder, build(**GATES), ddp_find_unused_parameters=False)
+    trained.train()
+    model = sharded(**GATES)
+    optimizer = optimizer_of(model)
+    losses = [raw_step(model, optimizer, step) for step in range(STEPS)]
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model.save_pretrained(folder / "gated", state_dict=get_model_state_dict(model, options=options))
+    return {"ddp": losses_of(trained), "adapter": adapter_of(trained.model), "fully_shard": losses}
+
+
+def sharded(**settings: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    model = build().train()
+    model = build(**settings).train()
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)

@@ -35,9 +35,10 @@ class Killing(TrainerCallback):
 
 
 def trainer(folder: Any, sampling: str, **settings: Any) -> Trainer:
-    """The same run each time, for the kind of sampling."""
+    """The same run each time, for the kind of sampling, or for gates."""
     torch.manual_seed(0)
-    config = PolyConfig(task_type="CAUSAL_LM", r=2, n_skills=3, n_splits=2, task_names=TASKS, lora_dropout=0.2)
+    kind = {"poly_type": "gates"} if sampling == "gates" else {"n_skills": 3, "n_splits": 2}
+    config = PolyConfig(task_type="CAUSAL_LM", r=2, task_names=TASKS, lora_dropout=0.2, **kind)
     model: PeftModel = get_peft_model(llama(), config)
     settings = {
         "max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4, "logging_steps": 1,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import peft
 import pytest
 import torch
-from adapters import adapt, poly
+from adapters import GATES, adapt, poly
 from peft import inject_adapter_in_model
 from tiny import CASES, MLP, TASKS, first, naive_merge
 from torch import nn
@@ -28,8 +28,11 @@ def config(**settings) -> PolyConfig:
 
 
 @pytest.fixture
-def model() -> peft.PeftModel:
-    return adapt(MLP(), config())
+def model(request) -> peft.PeftModel:
+    return adapt(MLP(), config(**getattr(request, "param", {})))
+
+
+KINDS = pytest.mark.parametrize("model", [{}, GATES], indirect=True, ids=["poly", "gates"])
 
 
 @pytest.fixture
@@ -58,6 +61,7 @@ def dense_rows(model: nn.Module, x: torch.Tensor, ids: torch.Tensor) -> torch.Te
 
 
 # ------------------------------------------------------------------------------------------------------------ eval
+@KINDS
 @BACKENDS
 def test_new_ids_of_one_shape_need_no_new_graph(model, x, backend):
     fast, counter = compiled(model, backend)
@@ -67,9 +71,9 @@ def test_new_ids_of_one_shape_need_no_new_graph(model, x, backend):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("case", ["llama", "bert"])
-def test_a_transformer_is_one_graph(case):
-    model = adapt(CASES[case].make(), poly(case, target_modules=CASES[case].target_modules[:2]))
+@pytest.mark.parametrize(("case", "settings"), [("llama", {}), ("bert", {}), ("llama", GATES)], ids=str)
+def test_a_transformer_is_one_graph(case, settings):
+    model = adapt(CASES[case].make(), poly(case, target_modules=CASES[case].target_modules[:2], **settings))
     inputs = CASES[case].inputs()
     fast, counter = compiled(model)
     with no_recompilation(), torch.no_grad():
@@ -87,6 +91,7 @@ def test_other_forms_of_ids(model, x, shape):
     assert counter.frame_count == 1
 
 
+@KINDS
 @pytest.mark.parametrize(("given", "tasks"), [("sst2", [1, 1, 1]), (2, [2, 2, 2]), (["boolq", 0, "rte"], [2, 0, 0])])
 def test_ids_that_are_constants_of_the_graph(model, x, given, tasks):
     fast, counter = compiled(model)

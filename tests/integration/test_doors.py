@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
-from adapters import poly, spread
+from adapters import GATES, poly, spread
 from peft import inject_adapter_in_model
 from tiny import CASES, TASKS, VOCAB, first, naive_merge
 from torch import nn
@@ -104,10 +104,15 @@ def tell_apart(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ PeftModels
-@pytest.fixture(params=DOORS, ids=str)
+GATED = ("causal, Conv1D", "sequence to sequence", "plain, custom module")
+KINDS = {**{name: (name, {}) for name in DOORS}, **{f"gates: {name}": (name, GATES) for name in GATED}}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
 def door(request) -> peft.PeftModel:
-    make, target_modules, task_type, peft_class = DOORS[request.param]
-    model = spread(peft.get_peft_model(make(), config(target_modules, task_type=task_type)).eval())
+    name, settings = request.param
+    make, target_modules, task_type, peft_class = DOORS[name]
+    model = spread(peft.get_peft_model(make(), config(target_modules, task_type=task_type, **settings)).eval())
     assert type(model) is peft_class
     return model
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from adapters import adapt, poly, spread
+from adapters import GATES, adapt, poly, spread
 from peft import inject_adapter_in_model
 from tiny import CASES, TASKS, VOCAB, naive_merge
 from torch import nn
@@ -45,19 +45,23 @@ def sharpen(base: nn.Module) -> nn.Module:
     return base.eval()
 
 
-def config(case: str) -> PolyConfig:
+def config(case: str, **settings) -> PolyConfig:
     """A large scale, for the tasks' tokens to differ."""
-    return poly(case, task_names=TASKS, r=4, n_splits=2, lora_alpha=40)
+    return poly(case, task_names=TASKS, r=4, lora_alpha=40, **{"n_splits": 2, **settings})
 
 
-def adapted(case: str) -> peft.PeftModel:
-    return adapt(sharpen(CASES[case].make()), config(case))
+def adapted(case: str, **settings) -> peft.PeftModel:
+    return adapt(sharpen(CASES[case].make()), config(case, **settings))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+KINDS = {**{case: (case, {}) for case in MODELS}, "llama with gates": ("llama", GATES), "t5 with gates": ("t5", GATES)}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def model(request) -> peft.PeftModel:
     torch.manual_seed(0)
-    return adapted(request.param)
+    case, settings = request.param
+    return adapted(case, **settings)
 
 
 @pytest.fixture(scope="module")

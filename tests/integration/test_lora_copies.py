@@ -10,7 +10,7 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-from adapters import adapt, poly
+from adapters import GATES, adapt, poly
 from peft.utils.hotswap import hotswap_adapter
 from tiny import CASES, MLP, first, gpt2, llama, t5
 from torch import nn
@@ -35,9 +35,13 @@ def by_torch_save(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 @pytest.mark.parametrize("copied_by", [copy.deepcopy, by_pickle, by_torch_save])
-@pytest.mark.parametrize(("case", "granularity"), [("llama", "layer"), ("llama", "block"), ("mlp", "model")])
-def test_a_copy_computes_the_same_and_is_independent(case, granularity, copied_by: Callable):
-    model = adapt(CASES[case].make(), poly(case, router_granularity=granularity, task_names=["a", "b", "c"]))
+@pytest.mark.parametrize(
+    ("case", "granularity", "kind"),
+    [("llama", "layer", {}), ("llama", "block", {}), ("mlp", "model", {}), ("llama", "block", GATES)],
+    ids=str,
+)
+def test_a_copy_computes_the_same_and_is_independent(case, granularity, kind, copied_by: Callable):
+    model = adapt(CASES[case].make(), poly(case, router_granularity=granularity, task_names=["a", "b", "c"], **kind))
     inputs = CASES[case].inputs()
     wanted = first(model(**inputs, task_ids=IDS))
     with use_task(model, "a"):  # a copy that is made during a call takes no task of the call with it

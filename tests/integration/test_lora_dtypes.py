@@ -10,7 +10,7 @@ import copy
 import peft
 import pytest
 import torch
-from adapters import adapt, poly, trainable
+from adapters import GATES, adapt, poly, trainable
 from peft.helpers import disable_input_dtype_casting
 from tiny import CASES, MLP, first, llama, naive_merge
 from torch import nn
@@ -19,6 +19,7 @@ from peft_poly import PolyLayer, use_task
 
 GRANULARITIES = ["layer", "block", "model"]
 IDS = [2, 0, 1]
+KINDS = pytest.mark.parametrize("settings", [{}, GATES], ids=["poly", "gates"])
 
 
 def adapter_dtypes(model: nn.Module) -> set[torch.dtype]:
@@ -31,13 +32,16 @@ def on_meta(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["llama", "t5", "gpt2", "mlp"])
-def test_the_adapter_is_float32_and_the_output_has_the_dtype_of_the_base(case, dtype):
+@pytest.mark.parametrize(
+    ("case", "settings"), [*((case, {}) for case in ("llama", "t5", "gpt2", "mlp")), ("llama", GATES), ("gpt2", GATES)],
+    ids=str,
+)  # fmt: skip
+def test_the_adapter_is_float32_and_the_output_has_the_dtype_of_the_base(case, settings, dtype):
     base, inputs = CASES[case].make().to(dtype), CASES[case].inputs()
     if case == "mlp":
         inputs = {"x": inputs["x"].to(dtype)}
     wanted_dtype = first(base(**inputs)).dtype
-    model = adapt(base, poly(case))
+    model = adapt(base, poly(case, **settings))
     assert adapter_dtypes(model) == {torch.float32}
     routed = first(model(**inputs, task_ids=1))
     assert routed.dtype == wanted_dtype == dtype
@@ -81,11 +85,12 @@ def test_without_autocast_adapter_dtype_the_adapter_keeps_the_dtype_of_the_base(
     assert torch.equal(loaded(x.bfloat16(), task_ids=IDS), routed)
 
 
+@KINDS
 @pytest.mark.parametrize("training", [False, True])
-def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients(training):
+def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients(training, settings):
     base, x = MLP(), CASES["mlp"].inputs()["x"]
     lora = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["lin0", "lin1"]))
-    model = adapt(base, poly("mlp", router_noise=False)).train(training)
+    model = adapt(base, poly("mlp", router_noise=False, **settings)).train(training)
     exact = model(x, task_ids=IDS)
     with torch.autocast("cpu", torch.bfloat16):
         routed = model(x, task_ids=IDS)
@@ -115,11 +120,13 @@ def test_input_dtype_casting_can_be_turned_off(method):
 # ------------------------------------------------------------------------------------------- loading without memory
 @torch.no_grad()
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("case", ["llama", "bert"])
-def test_loading_by_way_of_the_meta_device_equals_ordinary_loading(tmp_path, case, granularity):
+@pytest.mark.parametrize(
+    ("case", "settings"), [("llama", {"n_splits": 2}), ("bert", {"n_splits": 2}), ("llama", GATES)], ids=str
+)
+def test_loading_by_way_of_the_meta_device_equals_ordinary_loading(tmp_path, case, settings, granularity):
     base, inputs = CASES[case].make().eval(), CASES[case].inputs()
     targets = CASES[case].target_modules[:3]  # the heads of BERT are to be saved, not adapted
-    config = poly(case, target_modules=targets, router_granularity=granularity, n_splits=2)
+    config = poly(case, target_modules=targets, router_granularity=granularity, **settings)
     model = adapt(copy.deepcopy(base), config)
     wanted = first(model(**inputs, task_ids=IDS))
     model.save_pretrained(tmp_path)
@@ -138,10 +145,13 @@ def test_loading_by_way_of_the_meta_device_equals_ordinary_loading(tmp_path, cas
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@KINDS
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize(("granularity", "routers"), [("layer", 14), ("block", 2), ("model", 1)])
-def test_shared_routers_are_saved_once_and_load_back_shared(tmp_path, granularity, routers, low_cpu_mem_usage, dtype):
-    model = adapt(llama(), poly("llama", router_granularity=granularity))
+def test_shared_routers_are_saved_once_and_load_back_shared(
+    tmp_path, granularity, routers, low_cpu_mem_usage, dtype, settings
+):
+    model = adapt(llama(), poly("llama", router_granularity=granularity, **settings))
     model.save_pretrained(tmp_path)
     saved = peft.utils.save_and_load.load_peft_weights(str(tmp_path), device="cpu")
     assert len([key for key in saved if key.endswith("module_logits")]) == routers

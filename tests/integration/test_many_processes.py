@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from adapters import GATES
 from processes import CONFIGS, DEEPSPEED, TORCHRUN, accelerate, launch
 from safetensors.torch import load_file
 
@@ -60,7 +61,7 @@ def one_process(tmp_path_factory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def by_torchrun(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
-    launch(TORCHRUN, HERE / "ranks_steps.py", "ddp", "raw", folder)
+    launch(TORCHRUN, HERE / "ranks_steps.py", "ddp", "raw", "gated", folder)
     return folder
 
 
@@ -132,6 +133,19 @@ class TestFullyShard:
     def test_what_needs_the_whole_adapter_says_so(self, by_torchrun, verb, purpose):
         for result in results(by_torchrun, "raw"):
             assert result["errors"][verb].startswith(f"Adapter 'default' must be whole to {purpose}, but it is sharded")
+
+
+def test_ranks_train_gates_as_one_process_does(by_torchrun, tmp_path):
+    alone = ranks_steps.trainer(tmp_path, ranks_steps.build(**GATES))
+    alone.train()
+    alone.save_model(str(tmp_path / "adapter"))
+    losses, (first, second) = ranks_steps.losses_of(alone), results(by_torchrun, "gated")
+    for result in (first, second):
+        assert result["ddp"] == pytest.approx(losses, rel=1e-5)
+        assert result["fully_shard"] == pytest.approx(losses, rel=1e-5)
+    assert all(torch.equal(tensor, second["adapter"][name]) for name, tensor in first["adapter"].items())
+    assert_same(first["adapter"], ranks_steps.adapter_of(alone.model))
+    assert_same(saved(by_torchrun / "gated"), saved(tmp_path / "adapter"))
 
 
 # ------------------------------------------------------------------------------- Trainer under a sharding launcher

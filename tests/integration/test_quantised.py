@@ -13,6 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapters import GATES
 from peft import LoraConfig, PeftModel
 from tiny import VOCAB, naive_pair
 from torch import nn
@@ -96,10 +97,10 @@ def four_bit(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
 
 
-def adapted(folder: Path, kind: str) -> PeftModel:
+def adapted(folder: Path, kind: str, **settings) -> PeftModel:
     config = PolyConfig(
-        task_type="CAUSAL_LM", target_modules=TARGETS, r=4, lora_alpha=2, n_skills=3, n_splits=2, task_names=TASKS,
-        init_weights=False,
+        task_type="CAUSAL_LM", target_modules=TARGETS, r=4, lora_alpha=2, task_names=TASKS, init_weights=False,
+        **{"n_skills": 3, "n_splits": 2, **settings},
     )  # fmt: skip
     model = peft.get_peft_model(load_base(folder, kind), config).eval()
     generator = torch.Generator().manual_seed(1)
@@ -140,9 +141,10 @@ def tolerance(kind: str) -> dict[str, float]:
     return {"rtol": 0.05, "atol": 0.05} if "bf16" in kind else {"rtol": 1e-4, "atol": 1e-4}
 
 
+@pytest.mark.parametrize("settings", [{}, GATES], ids=["poly", "gates"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_task_gives_what_lora_gives_on_the_same_quantised_base(base_folder, kind):
-    model = adapted(base_folder, kind)
+def test_every_task_gives_what_lora_gives_on_the_same_quantised_base(base_folder, kind, settings):
+    model = adapted(base_folder, kind, **settings)
     assert all(layer.quantization_backend is not None for layer in layers(model))
     mixed = logits(model, task_ids=TASKS)
     for task in range(3):

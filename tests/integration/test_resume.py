@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 HERE = Path(__file__).parent
 
 
-SAMPLINGS = ["shuffled", "uniform"]
+SAMPLINGS = ["shuffled", "uniform", "gates"]
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def naive_ranking(folders, body: dict) -> dict[str, float]:
         return model(tokens["input_ids"], task_ids=body["task"]).last_hidden_state[0].mean(dim=0)
 
     options = body.get("options") or OPTIONS[body["task"]]
-    instruction = body.get("instruction", f"w4{TASKS.index(body['task'])}")
+    instruction = body.get("instruction") or f"w4{TASKS.index(body['task'])}"
     text = embed(f"{instruction} {body['input']}")
     with torch.no_grad():
         cosines = torch.stack([torch.cosine_similarity(text, embed(option), dim=0) for option in options])
@@ -230,6 +230,80 @@ class TestGeneration:
         (response,), _ = post_all(serve.create_app(service("llama")), "/generate", [body])
         assert response.status_code == 422
         assert "`max_new_tokens` may be 8 at most, got 9" in response.json()["detail"]
+
+
+# --------------------------------------------------------------------------------------- unknown tasks, tasks that come
+class TestTasksThatTheAdapterHasNotSeen:
+    def test_a_stranger_gets_the_mean_row_where_that_is_set(self, serve, service, folders):
+        body = {"task": "somebody new", "input": TEXTS[0], **OWN}
+        app = serve.create_app(service("bert", "--unknown_task", "mean"))
+        (found, known), _ = post_all(app, "/rank", [body, RANKED[0]])
+        model = peft.PeftModel.from_pretrained(
+            BertModel.from_pretrained(folders / "bert/model"), folders / "bert/adapter", is_trainable=True
+        )
+        model.add_tasks(["somebody new"], init="mean")
+        grown = folders / "grown"
+        model.save_pretrained(grown / "bert" / "adapter")
+        (grown / "bert" / "model").symlink_to(folders / "bert" / "model")
+        assert found.json()["probabilities"] == pytest.approx(naive_ranking(grown, body), abs=1e-5)
+        assert known.json()["probabilities"] == pytest.approx(naive_ranking(folders, RANKED[0]), abs=1e-5)
+
+    def test_a_stranger_without_options_is_asked_for_them(self, serve, service):
+        app = serve.create_app(service("bert", "--unknown_task", "mean"))
+        (response,), _ = post_all(app, "/rank", [{"task": "somebody new", "input": TEXTS[0]}])
+        assert response.status_code == 422
+        assert "has no options of its own" in response.text
+
+    @pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+    def test_a_saved_adapter_with_more_tasks_is_taken_without_a_restart(self, serve, service, folders, tmp_path, kind):
+        body = {"task": "sst2", "input": TEXTS[0], **({} if kind == "bert" else {"max_new_tokens": 6})}
+        new = {**body, "task": "cb", **({**OWN, "instruction": "w50"} if kind == "bert" else {})}
+        grown = service(kind).model
+        grown.add_tasks(["cb"], init="rte")
+        grown.save_pretrained(tmp_path)
+        served = service(kind)
+        app = serve.create_app(served)
+
+        async def session(http):
+            before = await http.post(served.path, json=body)
+            missing = await http.post(served.path, json=new)
+            served.source = str(tmp_path)
+            told = await http.post("/reload")
+            again = await http.post("/reload")
+            after = await http.post(served.path, json=body)
+            found, like = [await http.post(served.path, json={**new, "task": task}) for task in ("cb", "rte")]
+            return before, missing, told, again, after, found, like
+
+        before, missing, told, again, after, found, like = talk(app, session)
+        assert missing.status_code == 404
+        assert [task["task"] for task in told.json()["tasks"]] == [*TASKS, "cb"]
+        assert told.json() == again.json()
+        assert before.status_code == 200
+        assert before.json() == after.json()
+        assert found.status_code == 200
+        assert found.json() == like.json()
+        assert list(served.model.peft_config) == [served.model.active_adapter]
+
+    def test_a_saved_adapter_that_does_not_fit_changes_nothing(self, serve, service, folders, tmp_path):
+        served = service("bert")
+        app = serve.create_app(served)
+        PolyConfig(task_type="CAUSAL_LM", task_names=["x"]).save_pretrained(tmp_path)
+        (tmp_path / "torn").mkdir()
+        PolyConfig(task_type="FEATURE_EXTRACTION", task_names=["x"]).save_pretrained(tmp_path / "torn")
+
+        async def session(http):
+            before = await http.post("/rank", json=RANKED[0])
+            refused = []
+            for place in (tmp_path, tmp_path / "torn", tmp_path / "nothing"):
+                served.source = str(place)
+                refused.append(await http.post("/reload"))
+            return before, refused, await http.post("/rank", json=RANKED[0])
+
+        before, refused, after = talk(app, session)
+        assert [response.status_code for response in refused] == [409] * 3
+        assert before.json() == after.json()
+        assert served.tasks == TASKS
+        assert list(served.model.peft_config) == ["default"]
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

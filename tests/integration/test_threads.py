@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import adapt, poly
+from adapters import GATES, adapt, poly
 from peft import inject_adapter_in_model
 from tiny import CASES, MLP, TASKS, first, naive_merge
 from torch import nn
@@ -57,10 +57,11 @@ class Meeting(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def meeting_model() -> tuple[peft.PeftModel, Meeting]:
+def meeting_model(**settings: Any) -> tuple[peft.PeftModel, Meeting]:
     base = MLP()
     base.act = Meeting(base.act)
-    config = PolyConfig(target_modules=["lin0", "lin1"], n_splits=2, task_names=TASKS, init_weights=False)
+    settings = {"n_splits": 2, **settings}
+    config = PolyConfig(target_modules=["lin0", "lin1"], task_names=TASKS, init_weights=False, **settings)
     model = adapt(base, config)
     return model, base.act
 
@@ -71,9 +72,10 @@ def rounds(call: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------------- forward
+@pytest.mark.parametrize("settings", [{}, GATES], ids=["poly", "gates"])
 @pytest.mark.parametrize("how", ["task_ids", "use_task", "mixed batches"])
-def test_three_threads_with_three_tasks_on_one_model(how):
-    model, meeting = meeting_model()
+def test_three_threads_with_three_tasks_on_one_model(how, settings):
+    model, meeting = meeting_model(**settings)
     x = torch.randn(3, 5, 16)
     dense = [naive_merge(model, task).get_base_model() for task in range(3)]
     given = [[0, 1, 2], [1, 2, 0], [2, 2, 1]] if how == "mixed batches" else [0, "sst2", [2, 2, 2]]
@@ -199,4 +201,4 @@ def test_three_threads_recompute_each_their_own_task(nested, use_reentrant):
         for one, other in zip(got, wanted, strict=True):
             assert torch.equal(one, other)
     assert not torch.allclose(wanted[0], wanted[2], atol=1e-3)
-    assert len(model.base_model.task_context._notes) == 0
+    assert model.base_model.task_context.entries.top is None

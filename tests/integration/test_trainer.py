@@ -14,7 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters import adapt, poly
+from adapters import GATES, adapt, poly
 from peft import LoraConfig, PeftModel
 from rows import KINDS, TorchRows, arguments, rows, seq2seq_arguments, tokenizer, with_ids
 from tiny import CASES, TASKS, llama
@@ -74,18 +74,18 @@ def plain_loop(model: PeftModel, found: list[dict], steps: int = 2, size: int = 
 
 
 # ------------------------------------------------------------------------------------------------------------- columns
-@pytest.mark.parametrize("case", ["llama", "t5", "bert"])
+@pytest.mark.parametrize(("case", "settings"), [("llama", {}), ("t5", {}), ("bert", {}), ("llama", GATES)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("column", ["task", "task_ids"])
-def test_the_stock_trainer_trains_as_a_plain_loop_does(tmp_path, case, kind, column):
+def test_the_stock_trainer_trains_as_a_plain_loop_does(tmp_path, case, settings, kind, column):
     found = classes(rows(8)) if case == "bert" else rows(8)
-    by_hand = adapted(case)
+    by_hand = adapted(case, **settings)
     plain_loop(by_hand, found)
-    model, start = adapted(case), parameters(adapted(case))
+    model, start = adapted(case, **settings), parameters(adapted(case, **settings))
     data = KINDS[kind](found if column == "task" else with_ids(found))
     collator = named() if column == "task" else None
-    settings = arguments(tmp_path, optim="sgd", learning_rate=0.5)
-    InOrder(model, settings, train_dataset=data, data_collator=collator).train()
+    args = arguments(tmp_path, optim="sgd", learning_rate=0.5)
+    InOrder(model, args, train_dataset=data, data_collator=collator).train()
     moved = 0
     for name, parameter in parameters(by_hand).items():
         torch.testing.assert_close(parameters(model)[name], parameter, rtol=1e-3, atol=1e-5)

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from adapters import GATES
 from rows import arguments, tokenizer
 from tiny import TASKS, llama
 from torch import nn
@@ -113,11 +114,11 @@ old = pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason
 
 
 @pytest.mark.parametrize("form", [pytest.param("text", marks=old), "prompt and completion"])
-@pytest.mark.parametrize("column", ["task", "task_ids"])
-def test_sft_trains_as_a_plain_loop_does(tmp_path, form, column):
-    trainer = sft(tmp_path, data=texts(form, column))
+@pytest.mark.parametrize(("column", "settings"), [("task", {}), ("task_ids", {}), ("task", GATES)], ids=str)
+def test_sft_trains_as_a_plain_loop_does(tmp_path, form, column, settings):
+    trainer = sft(tmp_path, data=texts(form, column), peft_config=poly(**settings))
     assert trainer.args.gradient_checkpointing  # TRL's default
-    by_hand = sft(tmp_path).model  # the same seed, the same weights
+    by_hand = sft(tmp_path, peft_config=poly(**settings)).model  # the same seed, the same weights
     start = adapters(trainer.model)
     assert all(torch.equal(value, start[name]) for name, value in adapters(by_hand).items())
     trainer.train()

@@ -17,7 +17,7 @@ from torch import nn
 
 import peft_poly
 from peft_poly import PolyConfig, PolyLayer
-from peft_poly.tasks.context import TaskBatch, generation
+from peft_poly.tasks.batch import TaskBatch, generation
 
 
 def config(**settings) -> PolyConfig:
@@ -185,7 +185,7 @@ def test_a_finished_call_leaves_no_task_behind(model, x):
 
 
 def test_a_call_in_a_block_with_another_number_of_rows_is_refused(model, x):
-    with model.use_task([0, 1]), pytest.raises(ValueError, match="task_ids has 2 entries but the input of lin0 has 3"):
+    with model.use_task([0, 1]), pytest.raises(ValueError, match="task_ids has 2 entries but the input of MLP has 3"):
         model(x)
 
 
@@ -292,7 +292,7 @@ def test_one_task_fits_flattened_rows_and_a_mixed_batch_does_not(model, x):
     for uniform in (1, "sst2", [1, 1, 1], torch.tensor([1, 1, 1])):
         with peft_poly.use_task(wrapped, uniform):
             same(wrapped(x), expected(model, x, 1, 1, 1))
-    match = r"task_ids has 3 entries but the input of lin0 has 15 rows\..*flattened tokens or windows"
+    match = r"task_ids has 3 entries but the input of MLP has 15 rows\..*flattened tokens or windows"
     with peft_poly.use_task(wrapped, [0, 1, 1]), pytest.raises(ValueError, match=match):
         wrapped(x)
 
@@ -302,7 +302,7 @@ def test_rows_are_repeated_in_generation_only(n_rows):
     batch = TaskBatch([2, 0, 1], {"default": torch.tensor([2, 0, 1])}, {"default": False})
     with pytest.raises(ValueError, match=f"3 entries but the input of q has {n_rows} rows"):
         batch.rows("default", n_rows, "q")
-    with generation():
+    with generation(repeats=2):
         if n_rows == 6:
             assert batch.rows("default", 6).tolist() == [2, 2, 0, 0, 1, 1]
         else:
@@ -348,7 +348,7 @@ def test_use_task_is_seen_by_its_own_thread_only(model, x):
 
 def test_generation_is_a_matter_of_its_own_thread():
     batch = TaskBatch([2, 0], {"default": torch.tensor([2, 0])}, {"default": False})
-    with generation():
+    with generation(repeats=2):
         assert isinstance(in_thread(lambda: batch.rows("default", 4)), ValueError)
 
 

@@ -219,22 +219,22 @@ def test_one_task_can_be_resolved_by_itself():
 
 
 ROWS = {
-    "input_ids": ((), {"input_ids": torch.zeros(4, 5, dtype=torch.long)}, (4, 1)),
-    "positional": ((torch.zeros(4, 5, dtype=torch.long),), {}, (4, 1)),
-    "generate's inputs": ((), {"inputs": torch.zeros(4, 5, dtype=torch.long)}, (4, 1)),
-    "embeddings": ((), {"inputs_embeds": torch.zeros(4, 5, 8)}, (4, 1)),
-    "audio": ((), {"input_values": torch.zeros(4, 100)}, (4, 1)),
-    "images": ((), {"pixel_values": torch.zeros(4, 3, 8, 8)}, (4, 1)),
+    "input_ids": ((), {"input_ids": torch.zeros(4, 5, dtype=torch.long)}, (4, "input_ids")),
+    "positional": ((torch.zeros(4, 5, dtype=torch.long),), {}, (4, 0)),
+    "generate's inputs": ((), {"inputs": torch.zeros(4, 5, dtype=torch.long)}, (4, "inputs")),
+    "embeddings": ((), {"inputs_embeds": torch.zeros(4, 5, 8)}, (4, "inputs_embeds")),
+    "audio": ((), {"input_values": torch.zeros(4, 100)}, (4, "input_values")),
+    "images": ((), {"pixel_values": torch.zeros(4, 3, 8, 8)}, (4, "pixel_values")),
     "text before images": (
         (),
         {"pixel_values": torch.zeros(6, 3, 8, 8), "input_ids": torch.zeros(2, 5).long()},
-        (2, 1),
+        (2, "input_ids"),
     ),
-    "choices": ((), {"input_ids": torch.zeros(4, 3, 5, dtype=torch.long)}, (4, 3)),
-    "features of a custom model": ((torch.zeros(4, 3, 5),), {}, (4, 1)),
-    "one row without batch axis": ((torch.zeros(5),), {}, (None, 1)),
-    "nothing that tells": ((), {"labels": torch.zeros(4)}, (None, 1)),
-    "no tensor": (("text",), {"input_ids": [[1, 2]]}, (None, 1)),
+    "choices": ((), {"input_ids": torch.zeros(4, 3, 5, dtype=torch.long)}, (4, "input_ids")),
+    "features of a custom model": ((torch.zeros(4, 3, 5),), {}, (4, 0)),
+    "one row without batch axis": ((torch.zeros(5),), {}, (None, None)),
+    "nothing that tells": ((), {"labels": torch.zeros(4)}, (None, None)),
+    "no tensor": (("text",), {"input_ids": [[1, 2]]}, (None, None)),
 }
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
 from ..compute.kinds import KINDS
+from ..compute.states import lasting
 from ..config import PolyConfig
 from ..layer import PolyLayer
 
@@ -38,7 +37,7 @@ def train_all(layers: Iterable[PolyLayer], adapter_name: str) -> None:
         _train(layer, adapter_name, frozen=() if _routes(layer, adapter_name) else ROUTER)
 
 
-@torch.no_grad()
+@lasting()
 def average_skills(config: PolyConfig, layers: Iterable[PolyLayer], adapter_name: str) -> None:
     """MHR-mu: in place, the LoRA that all tasks share; the router says nothing and is frozen."""
     layers = list(layers)

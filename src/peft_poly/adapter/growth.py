@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional, Union, cast
 
 import torch
 from torch import nn
 
+from ..compute.states import lasting
 from ..config import PolyConfig, check_task_names
 from ..labels import TaskLabels, read_task_labels
 from ..layer import PolyLayer
 from ..router import Router
 from ..tasks.context import TaskContext
 from ..tasks.ids import resolve_task
-from .heads import TaskHeads
+from .labelled.heads import TaskHeads
+from .optimizer_state import Change, carry_state, check_state, forget, train_beside
 
 __all__ = ["Init", "add_tasks", "remove_tasks", "rename_task"]
 
@@ -29,6 +31,7 @@ def add_tasks(
     layers: Iterable[PolyLayer],
     names: Union[Sequence[str], int],
     init: Init,
+    optimizer: Optional[torch.optim.Optimizer] = None,
     heads: Sequence[TaskHeads] = (),
     labels: Optional[Mapping[str, Any]] = None,
 ) -> list[int]:
@@ -40,8 +43,10 @@ def add_tasks(
     found = _check_new_labels(config, adapter_name, names, heads, labels)
     first = config.n_tasks
     copied = None if init in ("mean", "uniform") or isinstance(init, dict) else resolve_task(init, config, adapter_name)
+    if optimizer is not None:
+        check_state(optimizer, _logits(adapter_name, layers))
     for module in heads:
-        module.add(found, None if copied is None else _place(module, config, copied))
+        _add_heads(module, found, None if copied is None else _place(module, config, copied), optimizer)
     if config.task_labels is not None:
         config.task_labels = {**config.task_labels, **cast(Mapping[str, Any], labels)}
 
@@ -49,9 +54,12 @@ def add_tasks(
         row = weights.to(logits) @ logits
         return torch.cat([logits, row.expand(count, -1)])
 
+    def padded(state: torch.Tensor) -> torch.Tensor:
+        return torch.cat([state, state.new_zeros(count, *state.shape[1:])])
+
     if config.task_names is not None:
         config.task_names = [*config.task_names, *cast(Sequence[str], names)]
-    _replace_rows(config, adapter_name, layers, first + count, grown)
+    _replace_rows(config, adapter_name, layers, first + count, grown, optimizer, padded)
     return list(range(first, first + count))
 
 
@@ -60,6 +68,7 @@ def remove_tasks(
     adapter_name: str,
     layers: Iterable[PolyLayer],
     tasks: Union[Task, Sequence[Task]],
+    optimizer: Optional[torch.optim.Optimizer] = None,
     heads: Sequence[TaskHeads] = (),
 ) -> None:
     """See `PolyModel.remove_tasks`. Everything is checked before anything changes."""
@@ -73,18 +82,23 @@ def remove_tasks(
             f"Removing {listed!r} would leave adapter {adapter_name!r} without a task. Use `delete_adapter` instead."
         )
     active = [layer for layer in layers if adapter_name in layer.active_adapters]  # the set task is one of theirs
+    if optimizer is not None:
+        check_state(optimizer, _logits(adapter_name, layers))
     contexts = {id(layer.task_context): layer.task_context for layer in active}.values()
     defaults = [_default_after(context, config, adapter_name, kept) for context in contexts]
     for context, default in zip(contexts, defaults, strict=True):
         context.default = default
     for module in heads:
         left = {_place(module, config, task) for task in gone}
+        dropped = [part for head in left if head is not None for part in module.pair(head)]
         module.keep([head for head in range(len(module.labels)) if head not in left])
+        if optimizer is not None:
+            forget(optimizer, dropped)
     if config.task_names is not None:
         config.task_names = [config.task_names[task] for task in kept]
     if config.task_labels is not None:
         config.task_labels = {name: config.task_labels[name] for name in config.task_names or ()}
-    _replace_rows(config, adapter_name, layers, len(kept), lambda logits: logits[kept].clone())
+    _replace_rows(config, adapter_name, layers, len(kept), lambda rows: rows[kept].clone(), optimizer)
 
 
 def rename_task(
@@ -173,6 +187,20 @@ def _check_new_labels(
     return read_task_labels(labels, listed)
 
 
+def _add_heads(
+    heads: TaskHeads,
+    labels: dict[str, TaskLabels],
+    like: Optional[int],
+    optimizer: Optional[torch.optim.Optimizer],
+) -> None:
+    n_known = len(heads.labels)
+    with lasting():
+        heads.add(labels, like)
+    for head in range(n_known, len(heads.labels)) if optimizer is not None else ():
+        for known, new in zip(heads.pair(0), heads.pair(head), strict=True):
+            train_beside(cast(torch.optim.Optimizer, optimizer), known, new)
+
+
 def _place(heads: TaskHeads, config: PolyConfig, task: int) -> Optional[int]:
     """Which of the heads is that of a task; None if it has none here."""
     name, names = (config.task_names or [])[task], list(heads.labels)
@@ -194,17 +222,30 @@ def _default_after(context: TaskContext, config: PolyConfig, adapter_name: str, 
     return kept.index(task) if isinstance(context.default, int) else context.default
 
 
+def _routers(adapter_name: str, layers: list[PolyLayer]) -> list[Router]:
+    routers = {id(layer.poly_router[adapter_name]): layer.poly_router[adapter_name] for layer in layers}
+    return cast(list[Router], list(routers.values()))
+
+
+def _logits(adapter_name: str, layers: list[PolyLayer]) -> list[nn.Parameter]:
+    return [router.module_logits for router in _routers(adapter_name, layers)]
+
+
 def _replace_rows(
     config: PolyConfig,
     adapter_name: str,
     layers: list[PolyLayer],
     n_tasks: int,
-    change: Callable[[torch.Tensor], torch.Tensor],
+    change: Change,
+    optimizer: Optional[torch.optim.Optimizer] = None,
+    change_state: Optional[Change] = None,
 ) -> None:
-    routers = {id(layer.poly_router[adapter_name]): layer.poly_router[adapter_name] for layer in layers}
-    for router in cast(Iterable[Router], routers.values()):
+    for router in _routers(adapter_name, layers):
         old = router.module_logits
-        router.module_logits = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
+        with lasting():
+            router.module_logits = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
+        if optimizer is not None:
+            carry_state(optimizer, old, router.module_logits, change_state or change)
     for layer in layers:
         layer.n_tasks[adapter_name] = n_tasks
     config.n_tasks = n_tasks

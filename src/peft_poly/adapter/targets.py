@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..compute.base_layers import is_linear
 
-__all__ = ["check_architecture", "check_target"]
+__all__ = ["check_architecture", "check_target", "warn_of_fused_experts"]
 
 # The fused kernels of these models read the weights of these modules and never call them.
 MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -27,6 +28,20 @@ def check_architecture(model: nn.Module, target_name: str) -> None:
         raise ValueError(
             f"{target_name!r} cannot be adapted in a {model_type} model: its fused kernel reads the weight and never "
             f"calls the layer. Remove {sorted(MAMBA_MODULES)} from `target_modules`."
+        )
+
+
+def warn_of_fused_experts(model: nn.Module, targets: Any) -> None:
+    """Say what is left out where experts are one parameter, so that their layers are there by no name."""
+    if not isinstance(targets, (set, list, tuple)):
+        return
+    names = {name for name, _ in model.named_modules()}
+    missing = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+    fused = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name] if missing else []
+    if fused:
+        warnings.warn(
+            f"`target_modules` names {missing}, of which this model has no layer. Its experts are one parameter each, "
+            f"such as `{fused[0]}`, which task-routed adapters do not reach: they stay as they are."
         )
 
 

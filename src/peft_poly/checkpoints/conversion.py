@@ -35,9 +35,9 @@ LIGHTNING = {".lora_a": A_KEY, ".lora_b": B_KEY, ".selector.module_logits": ROUT
 # Settings that change neither the tensors nor what the adapter computes at eval, and so may be given anew.
 FREE = {
     "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "init_weights",
-    "lora_dropout", "router_temperature", "router_noise", "task_names",
+    "lora_dropout", "router_temperature", "router_noise", "router_lr", "task_names", "unknown_task",
 }  # fmt: skip
-TRAINING = ("lora_dropout", "router_temperature", "router_noise")  # POLY trains with the default of these
+GIVEN_UP = ("lora_dropout", "router_temperature", "router_noise", "router_lr", "unknown_task")  # POLY has its default
 
 
 def convert_checkpoint(
@@ -239,7 +239,7 @@ def _check_expressible(config: PolyConfig) -> None:
             default = cast(Any, field.default_factory)()
         value = getattr(config, field.name)
         if field.name not in known and value != default:
-            advice = f" Pass `{field.name}={default!r}` to give it up." if field.name in TRAINING else ""
+            advice = f" Pass `{field.name}={default!r}` to give it up." if field.name in GIVEN_UP else ""
             raise ValueError(f"POLY has no {field.name}, and this adapter has {field.name}={value!r}.{advice}")
 
 

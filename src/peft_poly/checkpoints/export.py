@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapter.classifiers import check_has_head, named_heads
-from ..adapter.heads import TaskHeads
+from ..adapter.labelled.classifiers import check_has_head, named_heads
+from ..adapter.labelled.heads import TaskHeads
+from ..compute.onloading import onloaded
 from ..compute.states import evaluating
 from ..config import PolyConfig
 from ..layer import PolyLayer
@@ -69,8 +70,13 @@ def export_lora(
         ValueError: there is no such task or adapter; several adapters are active and none was named; the tensors are
             not all here (sharded, or on the meta device).
     """
-    source = _source(model, adapter_name)
-    target = Path(save_directory)
+    with onloaded(model):
+        return _export(_source(model, adapter_name), task, Path(save_directory), overwrite)
+
+
+def _export(
+    source: _Source, task: Union[int, str, None], target: Path, overwrite: bool
+) -> Union[Path, dict[str, Path]]:
     names = folder_names(source.config)
     lora_config, rank, base = _lora_config(source), source.config.r, source.base_name
     for name in source.config.task_names or () if task is None else _names(task, source):
@@ -192,9 +198,8 @@ def _tensors(source: _Source, task_id: int) -> dict[str, torch.Tensor]:
         kept |= {f"{prefix}{name}": tensor for name, tensor in _head(source, heads, task_id).state_dict().items()}
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in kept.items()}
     for name, layer in source.layers.items():
-        ids = torch.tensor([task_id], device=layer.poly_lora_A[source.adapter].device)
         with evaluating(cast(nn.Module, layer.poly_router[source.adapter])):
-            A, B = layer.mixed_pair(source.adapter, ids)
+            A, B = layer.mixed_pair(source.adapter, torch.tensor([task_id]))
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A[0].T.contiguous().cpu()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = (B[0].T * layer.scaling[source.adapter]).contiguous().cpu()
     return tensors

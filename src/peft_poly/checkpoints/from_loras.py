@@ -1,4 +1,4 @@
-"""Plain LoRAs become the skills, and the tasks, of one task-routed adapter.
+"""Plain LoRAs become the skills, and the tasks, of one task-routed adapter; with gates they are stacked into one LoRA.
 
     LoRA i of task i ─▶ skill i:  A.T (in, r)  cut into h splits ─▶ poly_lora_A[:, i]  (h, in / h, r)
                                   B.T (r, out) cut into h splits ─▶ poly_lora_B[:, i]  (h, r, out / h)
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from os import PathLike, fspath
-from typing import Any, Union, cast
+from typing import Any, Optional, Union, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -52,24 +52,28 @@ def from_loras(
     *,
     n_splits: int = 1,
     adapter_name: str = "default",
-    own_weight: float = 0.99,
+    own_weight: Optional[float] = None,
     **config: Any,
 ) -> PeftModel:
     """Make a task-routed adapter whose skills are existing LoRAs; each is a task too, which starts on its own skill.
 
     With a one-hot router the outputs of the tasks are those of the LoRAs. A router of sigmoids cannot be one-hot: a
-    task starts with `own_weight` of its mix on its own skill, and the rest evenly on the others.
+    task starts with `own_weight` of its mix on its own skill, and the rest evenly on the others. With
+    `poly_type="gates"` the outputs are those of the LoRAs: they lie side by side in one LoRA of the sum of their ranks,
+    and a task's gates are one on its own ranks and zero on the others.
 
     Args:
         base_model: the model that the LoRAs were trained on; it is adapted in place.
-        loras: folder or Hub id of each LoRA by the name of its task. All have one rank and adapt the same layers.
+        loras: folder or Hub id of each LoRA by the name of its task. All adapt the same layers, and have one
+            rank; with gates each may have another.
         n_splits: number of splits of the new adapter; must divide the features of every layer.
         adapter_name: its name.
-        own_weight: weight of a task's own skill, in (0, 1).
+        own_weight: weight of a task's own skill, in (0, 1). Default: 0.99. Not with gates, which need none.
         config: further settings of `PolyConfig`.
 
     Returns:
-        A `PeftModel` with `n_skills = n_tasks = len(loras)`; the keys of `loras` are the names of its tasks.
+        A `PeftModel` with `n_tasks = len(loras)` and as many skills (with gates: of the sum of the ranks); the keys of
+        `loras` are the names of its tasks.
 
     Raises:
         ValueError: the LoRAs differ in rank or layers, or one is more than low-rank pairs (DoRA, biases, a head of
@@ -83,7 +87,7 @@ def from_loras(
     saved = _saved_modules(configs, weights)
     with _loaded(base_model, configs, weights) as lora_model:
         pairs = _pairs(lora_model, names)
-    poly_config = _poly_config(base_model, configs, pairs, n_splits, config)
+    poly_config = _poly_config(base_model, configs, pairs, n_splits, own_weight, config)
     model = get_peft_model(base_model, poly_config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
     _fill(model, adapter_name, pairs, own_weight)
@@ -93,9 +97,12 @@ def from_loras(
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
-def _check_arguments(base_model: nn.Module, own_weight: float, config: dict[str, Any]) -> None:
-    if not 0 < own_weight < 1:
+def _check_arguments(base_model: nn.Module, own_weight: Optional[float], config: dict[str, Any]) -> None:
+    if own_weight is not None and not 0 < own_weight < 1:
         raise ValueError(f"`own_weight` must lie between 0 and 1, both excluded, got {own_weight!r}.")
+    poly_type = config.get("poly_type", "poly")
+    if poly_type not in KINDS:
+        raise ValueError(f"`poly_type` must be one of {sorted(KINDS)}, got {poly_type!r}.")
     clash = sorted(GIVEN & set(config))
     if clash:
         raise ValueError(f"{', '.join(clash)} of the new adapter follow from the LoRAs. Leave them out.")
@@ -207,12 +214,17 @@ def _ranks(pairs: Pairs, names: list[str]) -> dict[str, set[int]]:
 
 # ------------------------------------------------------------------------------------------------ making the adapter
 def _poly_config(
-    base_model: nn.Module, configs: dict[str, LoraConfig], pairs: Pairs, n_splits: int, settings: dict[str, Any]
+    base_model: nn.Module,
+    configs: dict[str, LoraConfig],
+    pairs: Pairs,
+    n_splits: int,
+    own_weight: Optional[float],
+    settings: dict[str, Any],
 ) -> PolyConfig:
     first = next(iter(configs.values()))
     saved = sorted(first.modules_to_save or ()) or None
     kind = KINDS[settings.get("poly_type", "poly")]
-    sizes = kind.settings_of_loras(_ranks(pairs, list(configs)))
+    sizes = kind.settings_of_loras(_ranks(pairs, list(configs)), own_weight)
     scales = {scale for of_layer in pairs.values() for _, _, scale in of_layer}
     alpha = scales.pop() * sizes["r"] if len(scales) == 1 else sizes["r"]  # with one scale for all, B stays as it is
     task_types = {config.task_type for config in configs.values()}
@@ -229,7 +241,7 @@ def _poly_config(
 
 
 @torch.no_grad()
-def _fill(model: PeftModel, adapter: str, pairs: Pairs, own_weight: float) -> None:
+def _fill(model: PeftModel, adapter: str, pairs: Pairs, own_weight: Optional[float]) -> None:
     for path, of_layer in pairs.items():
         layer = cast(nn.Module, model.base_model.model).get_submodule(path)
         assert isinstance(layer, PolyLayer)

@@ -8,9 +8,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Union
 
+import torch
 from peft.config import PeftConfig
 from peft.peft_model import PeftModel
 
+from ..compute.onloading import onloaded
 from ..labels import TaskLabels
 from .reading import read_config
 
@@ -28,7 +30,8 @@ def load_adapter(original: Callable, model: PeftModel, *args: Any, **kwargs: Any
     if name in model.peft_config:
         hub_kwargs, _ = model._split_kwargs(call.arguments.get("kwargs", {}))
         check_task_names(source, model.peft_config[name], name, **hub_kwargs)
-    return original(*args, **kwargs)
+    with torch.inference_mode(False), onloaded(model, changed=True):
+        return original(*args, **kwargs)
 
 
 def check_task_names(source: Union[str, Path], config: PeftConfig, adapter_name: str, **hub_kwargs: Any) -> None:

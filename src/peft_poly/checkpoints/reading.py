@@ -19,6 +19,7 @@ from torch import nn
 
 from ..adapter.sharing import router_group
 from ..compute.kinds import KINDS, Kind
+from ..compute.onloading import onloaded
 from ..config import PolyConfig
 from ..layer import PolyLayer
 from ..router import Router
@@ -38,8 +39,10 @@ class Routing:
 
     Attributes:
         task_names: by task id; the ids themselves, as text, where the tasks have no names.
-        weights: mixing weights, `{layer: (t, h, k)}`, float32; each row of skills sums to 1.
+        weights: mixing weights, `{layer: (t, h, k)}`, float32; each row of skills sums to 1. With gates: the gates,
+            `{layer: (t, 1, r)}`.
         probabilities: how much a task wants each skill, before normalising, `{layer: (t, h, k)}`, float32 in (0, 1).
+            Empty with gates.
         config: the adapter's config, if known.
 
     Layers that share a router appear once, under the name of what shares it (a block, or "all layers").
@@ -57,8 +60,13 @@ class Routing:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Numbers of tasks, splits and skills."""
+        """Numbers of tasks, splits and skills; with gates of tasks, 1, and ranks."""
         return cast(tuple[int, int, int], tuple(next(iter(self.weights.values())).shape))
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the adapter."""
+        return kind_of(self.config)
 
     def task_id(self, task: Union[int, str]) -> int:
         """Id of a task given by name, by id, or by id as text.
@@ -148,12 +156,13 @@ def _routing_of_model(model: nn.Module, adapter_name: Optional[str]) -> Routing:
             seen.add(id(router))
             config = layer.task_context.configs[name]
             label = _label(config.router_granularity, key.removeprefix("base_model.model."))
-            found[label] = router.module_logits.detach().float().cpu()
+            with onloaded(model):
+                found[label] = router.module_logits.detach().float().cpu()
     return _routing(cast(PeftConfig, config), found)
 
 
-def kind_of(config: PeftConfig) -> Kind:
-    """The kind of an adapter of this package, or of PEFT's own Poly."""
+def kind_of(config: Optional[PeftConfig]) -> Kind:
+    """The kind of an adapter of this package, or of PEFT's own Poly; where no config is known, one that mixes."""
     return KINDS[getattr(config, "poly_type", "poly")]
 
 

@@ -18,6 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
 
 from ..compute.kinds import KINDS
+from ..compute.onloading import onloaded
 from ..config import PolyConfig
 from .sharding import check_given, check_whole
 
@@ -56,7 +57,8 @@ def save_pretrained(original: Callable, model: PeftModel, save_directory: str, *
     try:
         if (target / CARD).exists():
             shutil.copy(target / CARD, staging / CARD)
-        original(str(staging), *args, **kwargs)
+        with onloaded(model):
+            original(str(staging), *args, **kwargs)
         _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -167,8 +169,11 @@ def create_or_update_model_card(original: Callable, model: PeftModel, output_dir
     card = ModelCard.load(path)
     base_model = config.base_model_name_or_path or card.data.get("base_model") or None
     card.data["base_model"] = base_model  # None, for a base model made from a config, leaves the line out
-    tags |= {*(card.data.tags or []), *TAGS, *KINDS[config.poly_type].tags}
-    tags = {tag for tag in tags if not tag.startswith("base_model:adapter:")}
+    tags = {
+        tag
+        for tag in {*tags, *(card.data.tags or []), *TAGS, *KINDS[config.poly_type].tags}
+        if not tag.startswith("base_model:adapter:")
+    }
     card.data.tags = sorted(tags | ({f"base_model:adapter:{base_model}"} if base_model else set()))
     section = f"{BEGIN}\n{_section(model, config, base_model)}\n{END}"
     before, begin, rest = card.text.partition(BEGIN)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, Optional
+from dataclasses import asdict, fields
+from typing import Any, Optional, Union
 
 from rich import box
 from rich.console import Console
@@ -12,13 +12,16 @@ from rich.table import Table
 
 from ..checkpoints.reading import Routing
 from ..insight.analysis import (
+    GateMetrics,
     Metrics,
     effective_skills,
     layer_metrics,
     mean_metrics,
     nearest_tasks,
+    sizes,
     task_similarity,
     task_skill_matrix,
+    top_columns,
     top_skills,
 )
 
@@ -26,31 +29,25 @@ __all__ = ["as_json", "show_routing", "show_task"]
 
 MOST_ROWS = 40  # of a table in the terminal
 MOST_COLUMNS = 8
-MEANINGS = {
-    "discreteness": "binary entropy of the probabilities / log 2: 0 decided, 1 not",
-    "sparsity": "share of the probabilities above 0.5",
-    "usage": "entropy of the skills' shares / log of their number: 1 all alike",
-    "effective": "how many skills a task mixes, exp of the entropy of its weights",
-}
 
 
 def as_json(routing: Routing, source: str, task: Optional[int] = None) -> dict[str, Any]:
     """The numbers of a routing as plain lists and dicts; with `task` also its weights, layer by layer."""
-    config, (t, h, k) = routing.config, routing.shape
+    config, unit = routing.config, routing.kind.unit
+    counted = {f"n_{name}": size for name, size in sizes(routing).items() if name != "rank"}
     numbers: dict[str, Any] = {
         "source": source,
         "peft_type": getattr(getattr(config, "peft_type", None), "value", None),
         "base_model": getattr(config, "base_model_name_or_path", None),
+        "poly_type": routing.kind.name,
         "r": getattr(config, "r", None),
-        "n_tasks": t,
-        "n_splits": h,
-        "n_skills": k,
+        **counted,
         "task_names": list(routing.task_names),
         "mean": asdict(mean_metrics(routing)),
         "layers": {layer: asdict(metrics) for layer, metrics in layer_metrics(routing).items()},
-        "task_skill": task_skill_matrix(routing).tolist(),
+        f"task_{unit}": task_skill_matrix(routing).tolist(),
         "similarity": task_similarity(routing).tolist(),
-        "effective_skills": effective_skills(routing).tolist(),
+        f"effective_{unit}s": effective_skills(routing).tolist(),
     }
     if task is not None:
         weights = {layer: weights[task].tolist() for layer, weights in routing.weights.items()}
@@ -62,34 +59,34 @@ def show_routing(routing: Routing, source: str, console: Console) -> None:
     """Print the adapter in one line, its layers' metrics, and its tasks."""
     console.print(_headline(routing, source))
     console.print(_layer_table(routing))
-    for name, meaning in MEANINGS.items():
-        console.print(f"  [dim]{name}: {meaning}[/dim]")
+    for field in fields(mean_metrics(routing)):
+        console.print(f"  [dim]{field.name.partition('_')[0]}: {field.metadata['meaning']}[/dim]")
     console.print()
     console.print(_task_table(routing))
 
 
 def show_task(routing: Routing, source: str, task: int, console: Console) -> None:
-    """Print one task's mixing weights layer by layer (mean over splits), and the tasks most like it."""
+    """Print one task's mixing weights (gates) layer by layer (mean over splits), and the tasks most like it."""
     console.print(_headline(routing, source))
     console.print(_one_task_table(routing, task))
     near = ", ".join(f"{escape(name)} ({cosine:.3f})" for name, cosine in nearest_tasks(routing, task, n=5))
-    console.print(f"nearest tasks (cosine of the mixing weights): {near or 'none, it is the only one'}")
+    console.print(f"nearest tasks (cosine of the {routing.kind.weights}): {near or 'none, it is the only one'}")
 
 
 def _headline(routing: Routing, source: str) -> str:
-    config, (t, h, k) = routing.config, routing.shape
-    kind = getattr(getattr(config, "peft_type", None), "value", "adapter")
-    rank, base = getattr(config, "r", None), getattr(config, "base_model_name_or_path", None)
-    parts = [f"{t} task(s)", f"{k} skill(s)", f"{h} split(s)", f"rank {rank}", f"{len(routing.layers)} router(s)"]
+    config, base = routing.config, getattr(routing.config, "base_model_name_or_path", None)
+    peft_type = getattr(getattr(config, "peft_type", None), "value", "adapter")
+    counted = {**sizes(routing), "routers": len(routing.layers)}
+    parts = [f"{name} {size}" if name == "rank" else f"{size} {name[:-1]}(s)" for name, size in counted.items()]
     parts += [f"base {escape(base)}"] if base else []
-    return f"[bold]{escape(source)}[/bold]: {kind}, {', '.join(parts)}"
+    return f"[bold]{escape(source)}[/bold]: {peft_type}, {', '.join(parts)}"
 
 
 def _layer_table(routing: Routing) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="Layers", title_justify="left")
     table.add_column("layer", overflow="fold")
-    for name in ("discrete-\nness", "spar-\nsity", "usage", "effec-\ntive"):
-        table.add_column(name, justify="right")
+    for field in fields(mean_metrics(routing)):
+        table.add_column(field.metadata["heading"], justify="right")
     table.add_row(f"mean of {len(routing.layers)}", *_numbers(mean_metrics(routing)), style="bold", end_section=True)
     metrics = layer_metrics(routing)
     for layer in routing.layers[:MOST_ROWS]:
@@ -102,44 +99,48 @@ def _task_table(routing: Routing) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="Tasks", title_justify="left")
     table.add_column("id", justify="right")
     table.add_column("task", overflow="fold")
-    table.add_column("top skills (weight)", no_wrap=True)
+    table.add_column(_top_heading(routing), no_wrap=True)
     table.add_column("effec-\ntive", justify="right")
     table.add_column("nearest task\n(cosine)", overflow="fold")
     effective = effective_skills(routing)
     for task, name in enumerate(routing.task_names[:MOST_ROWS]):
         near = [f"{escape(other)} ({cosine:.3f})" for other, cosine in nearest_tasks(routing, task, n=1)]
-        top = ", ".join(f"{skill} ({weight:.2f})" for skill, weight in top_skills(routing, task))
-        table.add_row(str(task), escape(name), top, f"{effective[task]:.2f}", *(near or ["-"]))
+        table.add_row(
+            str(task), escape(name), _top(top_skills(routing, task)), f"{effective[task]:.2f}", *(near or ["-"])
+        )
     _say_more(table, routing.shape[0], column=1)
     return table
 
 
 def _one_task_table(routing: Routing, task: int) -> Table:
     name, k = routing.task_names[task], routing.shape[2]
-    table = Table(box=box.SIMPLE_HEAD, title=f"Mixing weights of {escape(name)} (id {task})", title_justify="left")
+    title = f"{routing.kind.weights.capitalize()} of {escape(name)} (id {task})"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("layer", overflow="fold")
-    headings = [str(skill) for skill in range(k)] if k <= MOST_COLUMNS else ["top skills (weight)"]
+    headings = [str(column) for column in range(k)] if k <= MOST_COLUMNS else [_top_heading(routing)]
     for heading in headings:
         table.add_column(heading, justify="right" if k <= MOST_COLUMNS else "left", no_wrap=True)
     rows: list[tuple[str, Optional[str]]] = [("mean", None), *((layer, layer) for layer in routing.layers)]
     for label, layer in rows[: MOST_ROWS + 1]:
         weights = task_skill_matrix(routing, layer)[task]
-        top = weights.argsort(descending=True, stable=True)[:3].tolist()
         cells = [f"{weight:.2f}" for weight in weights.tolist()]
         if k > MOST_COLUMNS:
-            cells = [", ".join(f"{skill} ({cells[skill]})" for skill in top)]
+            cells = [_top(top_columns(routing, weights))]
         table.add_row(escape(label), *cells, style="" if layer else "bold", end_section=layer is None)
     _say_more(table, len(routing.layers))
     return table
 
 
-def _numbers(metrics: Metrics) -> list[str]:
-    return [
-        f"{metrics.discreteness:.3f}",
-        f"{metrics.sparsity:.3f}",
-        f"{metrics.usage:.3f}",
-        f"{metrics.effective_skills:.2f}",
-    ]
+def _top_heading(routing: Routing) -> str:
+    return f"top {routing.kind.unit}s ({routing.kind.weight})"
+
+
+def _top(columns: list[tuple[int, float]]) -> str:
+    return ", ".join(f"{column} ({weight:.2f})" for column, weight in columns)
+
+
+def _numbers(metrics: Union[Metrics, GateMetrics]) -> list[str]:
+    return [f"{getattr(metrics, field.name):.{field.metadata['digits']}f}" for field in fields(metrics)]
 
 
 def _say_more(table: Table, rows: int, column: int = 0) -> None:

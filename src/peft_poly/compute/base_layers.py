@@ -44,10 +44,27 @@ def frozen_product(base: Any) -> tuple[Optional[torch.Tensor], Optional[torch.Te
     return (None, None) if bias is None and base.bias is not None else (weight, bias)
 
 
+def _torchs_own(method: Any, file_of: Any) -> Any:
+    """A method of a class if it is still the one that its file defines, else a mark that nothing equals."""
+    same = getattr(method, "__code__", None) is not None and method.__code__.co_filename == file_of.__code__.co_filename
+    return method if same else object()
+
+
+# Profilers and other instruments replace these, on the class, before or after this package is imported.
+FORWARDS = {
+    nn.Linear: _torchs_own(nn.Linear.forward, nn.Linear.reset_parameters),
+    Conv1D: _torchs_own(Conv1D.forward, Conv1D.__init__),
+}
+CALL = _torchs_own(nn.Module.__call__, nn.Module.register_buffer)
+
+
 def is_watched(base: nn.Module) -> bool:
     """Whether a hook may see, keep or change what a layer returns, or its `forward` was replaced."""
+    kind = type(base)
     return bool(
-        base._forward_hooks
+        kind.__call__ is not CALL
+        or kind.forward is not FORWARDS.get(kind, kind.forward)
+        or base._forward_hooks
         or base._forward_pre_hooks
         or base._backward_hooks
         or base._backward_pre_hooks

@@ -9,11 +9,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from .adapted import Adapted
 from .gradients import is_repacked
+from .states import lasting
 
 __all__ = ["merge", "merged_weight", "unmerge"]
 
 
-@torch.no_grad()
+@lasting()
 def merge(layer: Adapted, safe_merge: bool, adapter_names: Optional[list[str]], task: Union[int, str, None]) -> None:
     """`Linear.merge`; with `safe_merge` a layer keeps its weight if the result would not be finite."""
     names = [name for name in check_adapters_to_merge(cast(Any, layer), adapter_names) if name in layer.poly_lora_A]
@@ -26,7 +27,7 @@ def merge(layer: Adapted, safe_merge: bool, adapter_names: Optional[list[str]], 
     layer.task_context.merged.update(tasks)
 
 
-@torch.no_grad()
+@lasting()
 def merged_weight(layer: Adapted, tasks: dict[str, int], finite: bool) -> torch.Tensor:
     """The base weight with one task of each adapter added, in the weight's layout and dtype; the layer stays as it is.
 
@@ -55,7 +56,7 @@ def merged_weight(layer: Adapted, tasks: dict[str, int], finite: bool) -> torch.
     return weight
 
 
-@torch.no_grad()
+@lasting()
 def unmerge(layer: Adapted) -> None:
     """Take all merged adapters out of the base weight, the last one first."""
     while layer.merged_adapters:

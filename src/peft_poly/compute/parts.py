@@ -10,10 +10,10 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ..tasks.context import TaskBatch
+from ..tasks.batch import TaskBatch
 from .adapted import Adapted
 
-__all__ = ["dropped", "router_of", "row_tasks", "tensors_of"]
+__all__ = ["FIRST_TASK", "dropped", "ids_of_rows", "router_of", "row_tasks", "tensors_of"]
 
 FIRST_TASK = torch.zeros(1, dtype=torch.long)  # of an adapter that has no other; one tensor, known by its identity
 
@@ -42,9 +42,13 @@ def dropped(layer: Adapted, name: str, x: torch.Tensor) -> torch.Tensor:
     return x if type(dropout) is nn.Identity else dropout(x)
 
 
-def row_tasks(layer: Adapted, name: str, batch: Optional[TaskBatch], n_rows: int) -> torch.Tensor:
+def ids_of_rows(layer: Adapted, batch: Optional[TaskBatch], name: str, n_rows: int) -> torch.Tensor:
+    """The ids of a layer's rows, `(n_rows,)`, or `(1,)` if one task serves them all."""
+    return FIRST_TASK if batch is None else batch.rows(name, n_rows, layer.layer_name)
+
+
+def row_tasks(layer: Adapted, name: str, ids: torch.Tensor, n_rows: int) -> torch.Tensor:
     """A task per row, or one for all rows; where the router samples, one per row, so that each has its draw."""
-    tasks = FIRST_TASK if batch is None else batch.rows(name, n_rows, layer.layer_name)
-    if tasks.shape[0] == 1 and n_rows != 1:
-        return tasks.expand(n_rows) if router_of(layer, name).samples else tasks
-    return tasks
+    if ids.shape[0] == 1 and n_rows != 1:
+        return ids.expand(n_rows) if router_of(layer, name).samples else ids
+    return ids

@@ -15,20 +15,23 @@ from typing import Any, Optional
 
 import torch
 
-from ..tasks.context import TaskBatch
+from ..tasks.batch import TaskBatch
+from ..tasks.transforms import is_transformed
 from .adapted import Adapted
 from .base_layers import PLAIN_TENSORS, base_output, frozen_product
 from .kinds import KINDS
-from .parts import dropped, row_tasks
+from .parts import dropped, ids_of_rows, row_tasks
 
-__all__ = ["choose_path"]
+__all__ = ["Path", "choose_path"]
 
 Path = Callable[[Adapted, torch.Tensor, list[str], Optional[TaskBatch], int, tuple, dict[str, Any]], torch.Tensor]
 
 
-def choose_path(layer: Adapted, x: torch.Tensor, active: list[str]) -> Path:
+def choose_path(layer: Adapted, x: torch.Tensor, active: list[str], batch: Optional[TaskBatch] = None) -> Path:
     """The way to compute `layer(x)` with the adapters in `active`."""
-    if torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS:
+    if batch is not None and batch.unknown:
+        return plain  # it asks the router, which knows the mean of its rows
+    if torch.compiler.is_compiling() or is_transformed() or type(x) not in PLAIN_TENSORS:
         return plain
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which refuses the meta device
         return plain
@@ -44,7 +47,8 @@ def plain(
     result = layer.base_layer(x, *args, **kwargs)
     dtype = result.dtype
     for name in active:
-        tasks = row_tasks(layer, name, batch, n_rows).to(x.device, non_blocking=True)
+        ids = ids_of_rows(layer, batch, name, n_rows)
+        tasks = row_tasks(layer, name, ids, n_rows).to(x.device, non_blocking=True)
         adapted = layer.poly_dropout[name](layer._cast_input_dtype(x, layer.poly_lora_A[name].dtype))
         result = result + KINDS[layer.poly_type[name]].update(layer, name, adapted, tasks)
     return result.to(dtype)
@@ -63,10 +67,8 @@ def for_backward(
                 weight, bias = frozen_product(layer._modules["base_layer"])
             if weight is None:
                 result = layer.base_layer(x, *args, **kwargs)
-        tasks = row_tasks(layer, name, batch, n_rows)
-        if tasks.device != x.device:
-            tasks = tasks.to(x.device, non_blocking=True)
-        result = KINDS[layer.poly_type[name]].node(layer, name, result, adapted, weight, bias, tasks)
+        ids = ids_of_rows(layer, batch, name, n_rows)
+        result = KINDS[layer.poly_type[name]].node(layer, name, result, adapted, weight, bias, ids, n_rows)
     assert result is not None
     return result
 

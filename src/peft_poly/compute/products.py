@@ -48,7 +48,11 @@ def low_rank_update(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: fl
     """
     if A.shape[0] == 1:
         return torch.matmul(torch.matmul(x, A[0]) * scale, B[0])
-    return torch.bmm(torch.bmm(in_runs(x, A.shape[0]), A) * scale, B).view(*x.shape[:-1], B.shape[-1])
+    if x.shape[0] == A.shape[0]:  # no number of rows or tokens is worked out, for a trace would keep it
+        tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+    else:
+        tokens = in_runs(x, A.shape[0])
+    return torch.bmm(torch.bmm(tokens, A) * scale, B).view(*x.shape[:-1], B.shape[-1])
 
 
 def to_add_to(y: torch.Tensor, owned: bool) -> torch.Tensor:

@@ -6,9 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["evaluating", "keep_requires_grad"]
+__all__ = ["evaluating", "keep_requires_grad", "lasting"]
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """No gradients, and what is made is no tensor of `inference_mode`, which could never be trained afterwards."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager

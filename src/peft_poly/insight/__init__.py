@@ -4,6 +4,7 @@ Pictures and the report import matplotlib and scipy when they are drawn. May be 
 """
 
 from .analysis import (
+    GateMetrics,
     Metrics,
     Routing,
     effective_skills,
@@ -21,6 +22,7 @@ from .plots import plot_dendrogram, plot_heat_map, save_plots
 from .report import write_report
 
 __all__ = [
+    "GateMetrics",
     "Metrics",
     "Routing",
     "effective_skills",

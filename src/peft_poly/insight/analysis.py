@@ -1,23 +1,26 @@
-"""Numbers that say what a router has learned: who uses which skill, how decided it is, which tasks are alike.
+"""Numbers that say what a router has learned: who uses which skill, how decided it is, which tasks are alike; with
+gates: which ranks a task turns up, down or around, and how far.
 
     read_routing(model or folder) ─▶ Routing ─┬─▶ task_skill_matrix, top_skills
                                               ├─▶ layer_metrics, mean_metrics
                                               └─▶ task_similarity, task_linkage ─▶ plots, report
 
-Letters: t task, h split, k skill. All numbers are those of eval mode: `p = sigmoid(z)`, `w = p / sum_k p`.
+Letters: t task, h split, k skill. All numbers are those of eval mode: `p = sigmoid(z)`, `w = p / sum_k p`. With gates
+the weights are the gates `g = 1 + z`, h is 1 and k the rank.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from typing import Any, Optional, Union
 
 import torch
 
 from ..checkpoints.reading import Routing, read_routing
+from .measures import TINY, GateMetrics, Metrics, effective, measure
 
 __all__ = [
+    "GateMetrics",
     "Metrics",
     "Routing",
     "effective_skills",
@@ -33,33 +36,12 @@ __all__ = [
 ]
 
 
-TINY = 1e-300  # where all of a router's probabilities have underflowed, there is nothing to divide
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """How one router, or the mean of them, spreads tasks over skills (the quantities of the papers' code).
-
-    Attributes:
-        discreteness: mean binary entropy of p, divided by log 2: 0 if every choice is taken, 1 if none is.
-        sparsity: share of p above 0.5; the fewer, the sparser.
-        usage: entropy of the skills' shares of all p, divided by log k: 1 if all skills are used alike. Mean over
-            splits.
-        effective_skills: exp of the entropy of a task's mixing weights, mean over tasks and splits: from 1 (one skill
-            per task) to k (all alike).
-    """
-
-    discreteness: float
-    sparsity: float
-    usage: float
-    effective_skills: float
-
-
 def task_skill_matrix(routing: Routing, layer: Optional[str] = None, split: Optional[int] = None) -> torch.Tensor:
     """Mixing weights `(t, k)`, float64, rows summing to 1: of one layer or the mean of all, of one split or the mean.
+    With gates: the gates `(t, r)`.
 
-    Skill 3 of one layer has nothing to do with skill 3 of another; a mean over layers that looks flat may hide layers
-    that are not.
+    Skill (rank) 3 of one layer has nothing to do with skill 3 of another; a mean over layers that looks flat may hide
+    layers that are not.
 
     Args:
         routing: what `read_routing` returned.
@@ -79,20 +61,20 @@ def task_skill_matrix(routing: Routing, layer: Optional[str] = None, split: Opti
 
 
 def task_similarity(routing: Routing) -> torch.Tensor:
-    """Cosine of the tasks' mixing weights, all layers and splits in one vector.
+    """Cosine of the tasks' mixing weights (gates), all layers and splits in one vector.
 
     Args:
         routing: what `read_routing` returned.
 
     Returns:
-        `(t, t)`, float64, in (0, 1], with ones on the diagonal.
+        `(t, t)`, float64, with ones on the diagonal; in (0, 1], with gates, which may be negative, in [-1, 1].
     """
     gram = torch.zeros(routing.shape[0], routing.shape[0], dtype=torch.float64)
     for weights in routing.weights.values():  # layer by layer, for the whole vector can be long
         rows = weights.double().flatten(1)
         gram += rows @ rows.T
     norm = gram.diagonal().sqrt()
-    similarity = (gram / (norm[:, None] * norm).clamp_min(TINY)).clamp(0, 1)
+    similarity = (gram / (norm[:, None] * norm).clamp_min(TINY)).clamp(-1, 1)
     return similarity.fill_diagonal_(1)
 
 
@@ -141,30 +123,32 @@ def task_order(routing: Routing) -> list[int]:
     return hierarchy.leaves_list(linkage).tolist()
 
 
-def layer_metrics(routing: Routing) -> dict[str, Metrics]:
-    """Discreteness, sparsity, usage and effective number of skills of each layer's router.
+def layer_metrics(routing: Routing) -> dict[str, Union[Metrics, GateMetrics]]:
+    """What is measured of each layer's router.
 
     Args:
         routing: what `read_routing` returned.
 
     Returns:
-        `{layer: Metrics}`, in the order of `routing.layers`.
+        `{layer: Metrics}`, with gates `{layer: GateMetrics}`, in the order of `routing.layers`.
     """
-    return {key: _measure(routing.probabilities[key], weights) for key, weights in routing.weights.items()}
+    return {key: measure(routing.kind, w, routing.probabilities.get(key)) for key, w in routing.weights.items()}
 
 
-def mean_metrics(routing: Routing) -> Metrics:
+def mean_metrics(routing: Routing) -> Union[Metrics, GateMetrics]:
     """The mean of `layer_metrics` over the layers.
 
     Args:
         routing: what `read_routing` returned.
     """
-    rows = [astuple(metrics) for metrics in layer_metrics(routing).values()]
-    return Metrics(*(sum(column) / len(rows) for column in zip(*rows, strict=True)))
+    measured = list(layer_metrics(routing).values())
+    columns = zip(*map(astuple, measured), strict=True)
+    return type(measured[0])(*(sum(column) / len(measured) for column in columns))
 
 
 def effective_skills(routing: Routing) -> torch.Tensor:
-    """How many skills each task mixes: exp of the entropy of its weights, mean over layers and splits.
+    """How many skills each task mixes: exp of the entropy of its weights, mean over layers and splits. With gates: how
+    many ranks it uses, by the squares of its gates.
 
     Args:
         routing: what `read_routing` returned.
@@ -172,11 +156,12 @@ def effective_skills(routing: Routing) -> torch.Tensor:
     Returns:
         `(t,)`, float64, from 1 to k.
     """
-    return torch.stack([_effective(weights).mean(dim=1) for weights in routing.weights.values()]).mean(dim=0)
+    return torch.stack([effective(routing.kind, w).mean(dim=1) for w in routing.weights.values()]).mean(dim=0)
 
 
 def top_skills(routing: Routing, task: Union[int, str], n: int = 3) -> list[tuple[int, float]]:
-    """The skills that weigh most for a task in `task_skill_matrix`.
+    """The skills that weigh most for a task in `task_skill_matrix`; with gates the ranks whose gates are furthest from
+    one.
 
     Args:
         routing: what `read_routing` returned.
@@ -184,14 +169,39 @@ def top_skills(routing: Routing, task: Union[int, str], n: int = 3) -> list[tupl
         n: how many, at most.
 
     Returns:
-        `(skill, weight)` pairs, heaviest first.
+        `(skill, weight)` or `(rank, gate)` pairs, heaviest (furthest) first.
 
     Raises:
         ValueError: there is no such task.
     """
-    row = task_skill_matrix(routing)[routing.task_id(task)]
-    heaviest = row.argsort(descending=True, stable=True)[:n].tolist()
-    return [(skill, row[skill].item()) for skill in heaviest]
+    return top_columns(routing, task_skill_matrix(routing)[routing.task_id(task)], n)
+
+
+def top_columns(routing: Routing, row: torch.Tensor, n: int = 3) -> list[tuple[int, float]]:
+    """`top_skills` of one row `(k,)` of a `task_skill_matrix`."""
+    told = (row - (routing.kind.centre or 0.0)).abs()
+    return [(column, row[column].item()) for column in told.argsort(descending=True, stable=True)[:n].tolist()]
+
+
+def span(routing: Routing, matrix: torch.Tensor) -> tuple[float, float]:
+    """The least and the greatest weight that the colours of a heat map have room for.
+
+    They run from 0 to the largest weight, at least to twice an even share, so that a router that has not decided looks
+    pale and even; with gates as far below one as above it, at least 0.1.
+    """
+    centre = routing.kind.centre
+    if centre is None:
+        return 0.0, min(1.0, max(matrix.max().item(), 2 / matrix.shape[1]))
+    reach = max((matrix - centre).abs().max().item(), 0.1)
+    return centre - reach, centre + reach
+
+
+def sizes(routing: Routing) -> dict[str, Any]:
+    """How much of what the adapter has; the rank is None where the config is not known."""
+    t, h, k = routing.shape
+    if routing.kind.centre is not None:
+        return {"tasks": t, "rank": k}
+    return {"tasks": t, "skills": k, "splits": h, "rank": getattr(routing.config, "r", None)}
 
 
 def nearest_tasks(routing: Routing, task: Union[int, str], n: int = 3) -> list[tuple[str, float]]:
@@ -212,24 +222,3 @@ def nearest_tasks(routing: Routing, task: Union[int, str], n: int = 3) -> list[t
     row = task_similarity(routing)[task_id]
     order = [other for other in row.argsort(descending=True, stable=True).tolist() if other != task_id]
     return [(routing.task_names[other], row[other].item()) for other in order[:n]]
-
-
-def _measure(probabilities: torch.Tensor, weights: torch.Tensor) -> Metrics:
-    p, k = probabilities.double(), probabilities.shape[-1]
-    shares = p.sum(dim=0) / p.sum(dim=(0, 2))[:, None].clamp_min(TINY)  # (h, k)
-    return Metrics(
-        discreteness=((_surprise(p) + _surprise(1 - p)).mean() / math.log(2)).item(),
-        sparsity=(p > 0.5).double().mean().item(),
-        usage=(_surprise(shares).sum(dim=-1).mean() / math.log(k)).item() if k > 1 else 1.0,
-        effective_skills=_effective(weights).mean().item(),
-    )
-
-
-def _effective(weights: torch.Tensor) -> torch.Tensor:
-    """`(t, h, k) -> (t, h)`."""
-    return _surprise(weights.double()).sum(dim=-1).exp()
-
-
-def _surprise(p: torch.Tensor) -> torch.Tensor:
-    """`-p log p`, 0 at 0."""
-    return -torch.special.xlogy(p, p)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 import torch
 
 from ..checkpoints.reading import Routing
-from .analysis import task_linkage, task_order, task_skill_matrix
+from .analysis import span, task_linkage, task_order, task_skill_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,10 +37,10 @@ def plot_heat_map(
     order: Optional[Sequence[int]] = None,
     ax: Optional[Axes] = None,
 ) -> Axes:
-    """Draw the mixing weights: tasks by skills, or for one task layers by skills.
+    """Draw the mixing weights: tasks by skills, or for one task layers by skills. With gates: tasks by ranks.
 
     The colours run from 0 to the largest weight, at least to twice an even share, so that a router that has not
-    decided looks pale and even.
+    decided looks pale and even. Gates are blue above one, red below it and white at one.
 
     Args:
         routing: what to draw.
@@ -59,24 +59,26 @@ def plot_heat_map(
     """
     if task is not None and (layer is not None or order is not None):
         raise ValueError("With `task` the rows are the layers, so `layer` and `order` have no meaning. Leave them out.")
+    weights = routing.kind.weights.capitalize()
     if task is None:
         rows = list(range(routing.shape[0])) if order is None else list(order)
         matrix, labels = task_skill_matrix(routing, layer, split)[rows], [routing.task_names[row] for row in rows]
-        title = f"Mixing weights, {layer or 'mean of the layers'}"
+        title = f"{weights}, {layer or 'mean of the layers'}"
     else:
         task_id = routing.task_id(task)
         matrix = torch.stack([task_skill_matrix(routing, key, split)[task_id] for key in routing.layers])
-        labels, title = routing.layers, f"Mixing weights of {routing.task_names[task_id]}"
+        labels, title = routing.layers, f"{weights} of {routing.task_names[task_id]}"
     if split is not None:
         title += f", split {split}"
     ax = _axes(ax, width=2.8 + 0.085 * max(map(len, labels)) + 0.5 * matrix.shape[1], rows=len(labels))
-    _draw_matrix(ax, matrix, labels)
+    _draw_matrix(ax, routing, matrix, labels)
     ax.set_title(_plain(title), fontsize=11)
     return ax
 
 
 def plot_dendrogram(routing: Routing, *, method: str = "average", ax: Optional[Axes] = None) -> Axes:
-    """Draw the tree of tasks: the further to the right two branches meet, the less alike are their mixing weights.
+    """Draw the tree of tasks: the further to the right two branches meet, the less alike are their mixing weights
+    (gates).
 
     Args:
         routing: what to draw.
@@ -108,7 +110,7 @@ def plot_dendrogram(routing: Routing, *, method: str = "average", ax: Optional[A
     ax.invert_yaxis()  # the order of the leaves from top to bottom, as in a heat map
     ax.yaxis.tick_left()
     ax.set_xlim(0, max(float(linkage[:, 2].max()) * 1.05, 1e-6))
-    ax.set_xlabel("distance, 1 - cosine of the mixing weights")
+    ax.set_xlabel(f"distance, 1 - cosine of the {routing.kind.weights}")
     ax.set_title("Tree of tasks", fontsize=11)
     ax.spines[["top", "right", "left"]].set_visible(False)
     return ax
@@ -148,17 +150,19 @@ def save_plots(routing: Routing, path: Union[str, Path], task: Union[int, str, N
     return path
 
 
-def _draw_matrix(ax: Axes, matrix: torch.Tensor, labels: Sequence[str]) -> None:
-    top = min(1.0, max(matrix.max().item(), 2 / matrix.shape[1]))
-    image = ax.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+def _draw_matrix(ax: Axes, routing: Routing, matrix: torch.Tensor, labels: Sequence[str]) -> None:
+    kind, (low, high) = routing.kind, span(routing, matrix)
+    pale = low if kind.centre is None else kind.centre
+    colours = "Blues" if kind.centre is None else "RdBu"
+    image = ax.imshow(matrix.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     ax.set_xticks(range(0, matrix.shape[1], 1 + matrix.shape[1] // 24))
     ax.set_yticks(range(matrix.shape[0]), [_plain(label) for label in labels], fontsize=_font(len(labels)))
-    ax.set_xlabel("skill")
-    ax.figure.colorbar(image, ax=ax, label="weight", fraction=0.05, pad=0.02)
+    ax.set_xlabel(kind.unit)
+    ax.figure.colorbar(image, ax=ax, label=kind.weight, fraction=0.05, pad=0.02)
     if matrix.numel() <= MOST_NUMBERS:
         for row, values in enumerate(matrix.tolist()):
             for column, value in enumerate(values):
-                color = LIGHT if value > 0.65 * top else DARK
+                color = LIGHT if abs(value - pale) > 0.65 * (high - pale) else DARK
                 ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import uuid
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union
 
@@ -16,9 +17,12 @@ from .analysis import (
     effective_skills,
     layer_metrics,
     mean_metrics,
+    sizes,
+    span,
     task_linkage,
     task_similarity,
     task_skill_matrix,
+    top_columns,
 )
 
 __all__ = ["render_report", "write_report"]
@@ -28,9 +32,10 @@ ROW = 26  # pixels that a task's row is high
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b2433; --soft: #5c6b80; --line: #d8dee8; --paper: #fff;
-  --accent: 30,70,140; }
+  --accent: 30,70,140; --below: 165,45,35; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaf1; --soft: #9aa7ba; --line: #36404f; --paper: #141a23; --accent: 122,162,224; } }
+  :root { --ink: #e6eaf1; --soft: #9aa7ba; --line: #36404f; --paper: #141a23; --accent: 122,162,224;
+    --below: 226,132,116; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; color: var(--ink); background: var(--paper);
   font: 15px/1.5 -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif; }
@@ -51,6 +56,7 @@ tbody th { font-weight: 400; position: sticky; left: 0; z-index: 1; background: 
 tbody tr.mean > * { font-weight: 600; border-bottom: 2px solid var(--line); }
 .heat td, .heat th:not(:first-child) { text-align: center; min-width: 2.7rem; padding: .2rem .3rem; }
 .heat td { background: rgba(var(--accent), var(--w)); }
+.heat td.below { background: rgba(var(--below), var(--w)); }
 .heat td.dark { color: #fff; }
 @media (prefers-color-scheme: dark) { .heat td.dark { color: #10151d; } }
 .tree { display: grid; grid-template-columns: fit-content(45%) minmax(8rem, 1fr); column-gap: .6rem; }
@@ -65,15 +71,16 @@ tbody tr.mean > * { font-weight: 600; border-bottom: 2px solid var(--line); }
 TEMPLATE = """\
 {%- macro heat(rows, columns, corner) %}
 <div class="scroll"><table class="heat">
-<thead><tr><th>{{ corner }}</th>{% for skill in range(columns) %}<th>{{ skill }}</th>{% endfor %}</tr></thead>
+<thead><tr><th>{{ corner }}</th>{% for column in range(columns) %}<th>{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>{% for name, cells in rows %}
 <tr><th scope="row">{{ name | breakable }}</th>{% for value, shade in cells -%}
-<td style="--w:{{ '%.2f' % shade }}"{% if shade > 0.7 %} class="dark"{% endif %}>{{ '%.2f' % value }}</td>
+<td style="--w:{{ '%.2f' % (shade | abs) }}"{% if shade < 0 or shade > 0.7 %} class="{{ 'below ' if shade < 0 }}\
+{{ 'dark' if shade | abs > 0.7 }}"{% endif %}>{{ '%.2f' % value }}</td>
 {%- endfor %}</tr>{% endfor %}
 </tbody></table></div>
 {%- endmacro %}
-{%- macro numbers(metrics) %}<td>{{ '%.3f' % metrics.discreteness }}</td><td>{{ '%.3f' % metrics.sparsity }}</td>
-<td>{{ '%.3f' % metrics.usage }}</td><td>{{ '%.2f' % metrics.effective_skills }}</td>{% endmacro -%}
+{%- macro numbers(metrics) %}{% for m in measured %}<td>{{ '%.*f' % (m.metadata.digits, metrics[m.name]) }}</td>\
+{% endfor %}{% endmacro -%}
 <!doctype html>
 <html lang="en">
 <head>
@@ -87,20 +94,22 @@ TEMPLATE = """\
 <h1>{{ title }}</h1>
 <dl>{% for name, value in summary %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 
-<h2>Tasks by skills</h2>
-<p>Mixing weights in eval mode, mean of the layers{% if splits > 1 %} and splits{% endif %}; an even share is
-{{ '%.3g' % (1 / skills) }}. Like tasks are side by side. Skill 3 of one layer has nothing to do with skill 3 of
-another, so a flat mean may hide layers that are not flat.</p>
-{{ heat(mean, skills, "task") }}
+<h2>Tasks by {{ kind.unit }}s</h2>
+<p>{{ kind.weights | capitalize }} in eval mode, mean of the layers{% if splits > 1 %} and splits{% endif %}\
+{% if kind.centre is none %}; an even share is {{ '%.3g' % (1 / columns) }}{% else %}; at {{ '%g' % kind.centre }} a \
+task is the LoRA that all share, and below it a cell is red{% endif %}. Like tasks are side by side. \
+{{ kind.unit | capitalize }} 3 of one layer has nothing to do with {{ kind.unit }} 3 of another, so a flat mean \
+may hide layers that are not flat.</p>
+{{ heat(mean, columns, "task") }}
 {% if more %}<p>... and {{ more }} more tasks, which are left out here and below.</p>{% endif %}
 {% if chosen %}
 <h2>{{ chosen.name }}, layer by layer</h2>
-{{ heat(chosen.rows, skills, "layer") }}
+{{ heat(chosen.rows, columns, "layer") }}
 {% endif %}
 {% if tree %}
 <h2>Tree of tasks</h2>
-<p>The further to the right two branches meet, the less alike are the tasks' mixing weights (1 - cosine, average
-linkage).</p>
+<p>The further to the right two branches meet, the less alike are the tasks' {{ kind.weights }} (1 - cosine,
+average linkage).</p>
 <div class="tree">
 <ol>{% for name in tree.names %}<li style="height:{{ row }}px;line-height:{{ row }}px" title="{{ name }}">{{ name }}\
 </li>{% endfor %}</ol>
@@ -111,11 +120,13 @@ preserveAspectRatio="none" role="img" aria-label="tree of tasks">
 </div>
 {% endif %}
 <h2>Tasks</h2>
-<p>The skills that weigh most for each task, how many skills it mixes in effect (exp of the entropy of its weights), and
-the task that is most like it.</p>
+<p>{% if kind.centre is none %}The skills that weigh most for each task, how many skills it mixes in effect \
+(exp of the entropy of its weights){% else %}The {{ kind.unit }}s whose {{ kind.weights }} are furthest from \
+{{ '%g' % kind.centre }}, how many {{ kind.unit }}s each task uses in effect (exp of the entropy of its squared \
+{{ kind.weights }}){% endif %}, and the task that is most like it.</p>
 <div class="scroll"><table>
-<thead><tr><th>task</th><th class="text">top skills (weight)</th><th>effective skills</th>
-<th class="text">nearest task (cosine)</th></tr></thead>
+<thead><tr><th>task</th><th class="text">top {{ kind.unit }}s ({{ kind.weight }})</th>\
+<th>effective {{ kind.unit }}s</th><th class="text">nearest task (cosine)</th></tr></thead>
 <tbody>{% for task in tasks %}
 <tr><th scope="row">{{ task.name | breakable }}</th><td class="text">{{ task.top }}</td>
 <td>{{ '%.2f' % task.effective }}</td>
@@ -123,11 +134,10 @@ the task that is most like it.</p>
 </tbody></table></div>
 
 <h2>Layers</h2>
-<p><b>Discreteness</b> is the mean binary entropy of the routing probabilities over log 2: 0 if each choice is taken, 1
-if none is. <b>Sparsity</b> is the share of probabilities above 0.5. <b>Usage</b> is the entropy of the skills' shares
-over log {{ skills }}: 1 if all are used alike. <b>Effective skills</b> per task lie between 1 and {{ skills }}.</p>
+<p>{% for m in measured %}<b>{{ m.name | replace("_", " ") | capitalize }}</b>: {{ m.metadata.meaning }}. \
+{% endfor %}</p>
 <div class="scroll"><table>
-<thead><tr><th>layer</th><th>discreteness</th><th>sparsity</th><th>usage</th><th>effective skills</th></tr></thead>
+<thead><tr><th>layer</th>{% for m in measured %}<th>{{ m.name | replace("_", " ") }}</th>{% endfor %}</tr></thead>
 <tbody>
 <tr class="mean"><th scope="row">mean of {{ layers | length }}</th>{{ numbers(mean_metrics) }}</tr>
 {% for name, metrics in layers %}<tr><th scope="row">{{ name | breakable }}</th>{{ numbers(metrics) }}</tr>
@@ -151,7 +161,7 @@ def render_report(routing: Routing, *, title: str = "Routing", task: Union[int, 
     """
     from jinja2 import Environment
 
-    n_tasks, n_splits, n_skills = routing.shape
+    n_tasks, n_splits, n_columns = routing.shape
     tree = _tree(routing) if 2 <= n_tasks <= MOST_TASKS else None
     order = tree["order"] if tree else list(range(min(n_tasks, MOST_TASKS)))
     matrix = task_skill_matrix(routing)
@@ -161,10 +171,12 @@ def render_report(routing: Routing, *, title: str = "Routing", task: Union[int, 
         title=title,
         style=STYLE,
         summary=_summary(routing),
+        kind=routing.kind,
+        measured=fields(mean_metrics(routing)),
         splits=n_splits,
-        skills=n_skills,
+        columns=n_columns,
         row=ROW,
-        mean=_cells(matrix[order], [routing.task_names[task_id] for task_id in order]),
+        mean=_cells(routing, matrix[order], [routing.task_names[task_id] for task_id in order]),
         more=n_tasks - len(order),
         chosen=None if task is None else _by_layer(routing, routing.task_id(task)),
         tree=tree,
@@ -202,15 +214,11 @@ def write_report(routing: Routing, path: Union[str, Path], **kwargs: Any) -> Pat
 
 
 def _summary(routing: Routing) -> list[tuple[str, Any]]:
-    n_tasks, n_splits, n_skills = routing.shape
     config = routing.config
     about = [
         ("base model", getattr(config, "base_model_name_or_path", None)),
         ("adapter", getattr(getattr(config, "peft_type", None), "value", None)),
-        ("tasks", n_tasks),
-        ("skills", n_skills),
-        ("splits", n_splits),
-        ("rank", getattr(config, "r", None)),
+        *sizes(routing).items(),
         ("routers", len(routing.layers)),
     ]
     return [(name, value) for name, value in about if value]
@@ -223,15 +231,17 @@ def _breakable(name: str) -> Any:
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[._/])", name))
 
 
-def _cells(matrix: torch.Tensor, names: Sequence[str]) -> list[tuple[str, list[tuple[float, float]]]]:
-    """Rows of a heat map: name and, for each cell, its value and how dark it is, 0 to 1."""
-    top = min(1.0, max(matrix.max().item(), 2 / matrix.shape[1]))
-    return [(name, [(w, w / top) for w in row]) for name, row in zip(names, matrix.tolist(), strict=True)]
+def _cells(routing: Routing, matrix: torch.Tensor, names: Sequence[str]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Rows of a heat map: name and, for each cell, its value and how dark it is, 0 to 1; below the centre, 0 to -1."""
+    low, high = span(routing, matrix)
+    pale = low if routing.kind.centre is None else routing.kind.centre
+    shades = ((matrix - pale) / (high - pale)).tolist()
+    return [(name, list(zip(*cells, strict=True))) for name, *cells in zip(names, matrix.tolist(), shades, strict=True)]
 
 
 def _by_layer(routing: Routing, task_id: int) -> dict[str, Any]:
     rows = torch.stack([task_skill_matrix(routing, layer)[task_id] for layer in routing.layers])
-    return {"name": routing.task_names[task_id], "rows": _cells(rows, routing.layers)}
+    return {"name": routing.task_names[task_id], "rows": _cells(routing, rows, routing.layers)}
 
 
 def _tree(routing: Routing) -> dict[str, Any]:
@@ -250,16 +260,15 @@ def _tree(routing: Routing) -> dict[str, Any]:
 
 
 def _tasks(routing: Routing, matrix: torch.Tensor, task_ids: Sequence[int]) -> list[dict[str, Any]]:
-    effective, similarity = effective_skills(routing), task_similarity(routing).fill_diagonal_(-1)
+    effective, similarity = effective_skills(routing), task_similarity(routing).fill_diagonal_(-torch.inf)
     tasks = []
     for task_id in task_ids:
-        top = matrix[task_id].argsort(descending=True, stable=True)[:3].tolist()
         near = int(similarity[task_id].argmax())
         nearest = f"{routing.task_names[near]} ({similarity[task_id, near]:.2f})" if near != task_id else "-"
         tasks.append(
             {
                 "name": routing.task_names[task_id],
-                "top": ", ".join(f"{skill} ({matrix[task_id, skill]:.2f})" for skill in top),
+                "top": ", ".join(f"{column} ({w:.2f})" for column, w in top_columns(routing, matrix[task_id])),
                 "effective": effective[task_id].item(),
                 "nearest": nearest,
             }

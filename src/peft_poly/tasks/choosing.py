@@ -9,9 +9,10 @@ from typing import Optional, Protocol, cast
 from torch import nn
 
 from .context import TaskContext
+from .entries import owner_of_block
 from .ids import TaskIds
 
-__all__ = ["task_contexts", "use_task"]
+__all__ = ["check_one_task_is_set", "routed_layers", "task_contexts", "use_task"]
 
 
 class RoutedLayer(Protocol):
@@ -19,6 +20,10 @@ class RoutedLayer(Protocol):
 
     task_context: TaskContext
     poly_lora_A: nn.ParameterDict
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether it computes without any."""
 
     @property
     def active_adapters(self) -> list[str]:
@@ -36,6 +41,30 @@ def task_contexts(model: nn.Module) -> list[TaskContext]:
     """The contexts of a model's task-routed layers: one, unless models that were adapted by themselves were joined."""
     contexts = {id(layer.task_context): layer.task_context for layer in routed_layers(model)}
     return list(contexts.values())
+
+
+def check_one_task_is_set(model: nn.Module, what: str) -> None:
+    """Raise unless one task is known to every thread, for what computes in threads of its own.
+
+    Args:
+        model: the model.
+        what: who computes, for the message.
+
+    Raises:
+        ValueError: an active adapter has several tasks, and none was set; `use_task` was entered.
+    """
+    for layer in routed_layers(model):
+        context = layer.task_context
+        several = [
+            name for name in layer.active_adapters if name in context.configs and context.configs[name].n_tasks > 1
+        ]
+        several = [name for name in several if name not in context.merged and not layer.disable_adapters]
+        if several and (context.default is None or context.current() is not None):
+            raise ValueError(
+                f"{what} computes in a thread of its own, with the rows of all requests in one, and so for one task at "
+                "a time, which `use_task` and `task_ids` cannot tell it. Choose it with `model.set_task(...)`, "
+                "outside of `use_task`."
+            )
 
 
 @contextmanager
@@ -72,7 +101,8 @@ def use_task(model: nn.Module, task: Optional[TaskIds]) -> Iterator[None]:
         active.update(dict.fromkeys(name for name in layer.active_adapters if name in layer.poly_lora_A))
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no task-routed layer. Add an adapter with a PolyConfig first.")
+    owner = owner_of_block()
     with ExitStack() as stack:
         for context, active in adapters.values():
-            stack.enter_context(context.use(None if task is None else context.resolve(task, active)))
+            stack.enter_context(context.use(None if task is None else context.resolve(task, active), owner=owner))
         yield

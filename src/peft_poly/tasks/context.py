@@ -2,111 +2,29 @@
 
     PeftModel(..., task_ids=ids)  ─┐                               ┌─▶ layer ─ batch.rows(adapter, x) ─▶ router
     use_task(model, ids)          ─┼─▶ TaskBatch ─▶ TaskContext ───┼─▶ layer
-    set_task(task)                ─┘   (checked)    (per thread)   └─▶ layer
+    set_task(task)                ─┘   (checked)    (entries.py)   └─▶ layer
 
-Three things make this more than an argument:
-
-- **threads**: the current batch sits in a `threading.local`, the one per-thread store that `torch.compile` traces too;
-- **recomputation**: gradient checkpointing runs layers again inside the backward, when the forward's context is long
-  gone. A hook on the outputs of the forward notes which backward belongs to which batch;
-- **generation** repeats rows (beams, returned sequences): there, and only there, the ids follow.
+Three things make this more than an argument: threads, coroutines and generators (`entries.py`), rows that a layer's
+input does not have in its first dimension, or not at all (`calls.py`), and recomputation in the backward
+(`recomputing.py`).
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Optional, Union
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..config import PolyConfig
-from .grouping import Rows, group_rows, ungrouped_rows
-from .ids import TaskIds, no_task_message, resolve_task, resolve_tasks
+from .batch import TaskBatch
+from .entries import Entries, Entry
+from .ids import TaskIds, no_task_message, resolve_task, resolve_tasks, unknown_message, unknown_name
 
-__all__ = ["TaskBatch", "TaskContext", "entered_context", "generation", "kept_in_generation"]
-
-_generating = threading.local()
-_entered = threading.local()
-
-
-def entered_context() -> Optional[TaskContext]:
-    """The context of the call that this thread is in, for modules that belong to no tuner; None outside of one."""
-    return getattr(_entered, "context", None)
-
-
-@contextmanager
-def generation() -> Iterator[None]:
-    """Marks the calling thread as inside `generate`: rows may be repeated, and layers may keep what they mix."""
-    before = getattr(_generating, "kept", None)
-    _generating.kept = {} if before is None else before
-    try:
-        yield
-    finally:
-        _generating.kept = before
-
-
-def kept_in_generation() -> Optional[dict[Any, Any]]:
-    """What this thread's layers keep until its `generate` ends; None outside of one."""
-    return getattr(_generating, "kept", None)
-
-
-class TaskBatch:
-    """The checked tasks of one batch.
-
-    Args:
-        given: what the caller passed.
-        ids: for each adapter a LongTensor `(b,)`, or `(1,)` where one task serves all rows.
-        uniform: for each adapter whether all rows are known to have the same task.
-    """
-
-    def __init__(self, given: TaskIds, ids: dict[str, torch.Tensor], uniform: dict[str, bool]) -> None:
-        self.given = given
-        self.ids = ids
-        self.uniform = uniform
-        self._grouped: dict[Any, Rows] = {}
-
-    def repeat(self, n_rows: Optional[int], times: int) -> TaskBatch:
-        """The batch with each of its `n_rows` repeated, as a model that flattens `(b, choices, l)` does; once only."""
-        ids = {
-            name: ids.repeat_interleave(times) if ids.shape[0] == n_rows and not self.uniform[name] else ids
-            for name, ids in self.ids.items()
-        }
-        return TaskBatch(self.given, ids, self.uniform)
-
-    def rows(self, adapter_name: str, n_rows: int, layer: str = "layer") -> torch.Tensor:
-        """The task ids of the rows of a layer's input, `(n_rows,)`, or `(1,)` if one task serves them all.
-
-        Raises:
-            ValueError: the input has another number of rows than the batch has tasks, outside of generation.
-        """
-        ids = self.ids[adapter_name]
-        n_tasks = ids.shape[0]
-        if self.uniform[adapter_name] or n_tasks == n_rows:
-            return ids
-        if kept_in_generation() is not None and n_rows % n_tasks == 0:
-            return ids.repeat_interleave(n_rows // n_tasks)
-        raise ValueError(
-            f"task_ids has {n_tasks} entries but the input of {layer} has {n_rows} rows. Pass one id per row, or one "
-            "id or name for all rows. (A layer that sees flattened tokens or windows can only serve one task at a "
-            "time; otherwise leave it out with `exclude_modules`.)"
-        )
-
-    def grouped(self, adapter_name: str, n_rows: int, device: torch.device, layer: str = "layer") -> Rows:
-        """The rows of a layer's input by task, on its device; worked out once per batch.
-
-        Raises:
-            ValueError: as `rows`.
-        """
-        key = (adapter_name, n_rows, device)
-        if key not in self._grouped:
-            ids = self.rows(adapter_name, n_rows, layer)
-            known = ids.device.type == "cpu"  # else reading them would hold up the device
-            self._grouped[key] = (group_rows(ids.tolist()) if known else ungrouped_rows(ids)).to(device)
-        return self._grouped[key]
+__all__ = ["TaskContext", "entered_context", "living_contexts"]
 
 
 class TaskContext:
@@ -123,10 +41,11 @@ class TaskContext:
         self._forget()
 
     def _forget(self) -> None:
-        self._local = _Local()
+        self.entries = Entries()
+        self.known_calls: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()  # see `calls.py`
         self.serving: Any = None  # what layers keep inside `with model.serving():`
         self._chosen: Union[int, str, dict[str, Union[int, str]], None] = None
-        self._notes: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
+        ALIVE.add(self)
 
     # A thread's current batch is not part of a copy.
     def __getstate__(self) -> dict[str, Any]:
@@ -142,12 +61,22 @@ class TaskContext:
 
     def resolve(self, task_ids: TaskIds, adapters: Iterable[str], n_rows: Optional[int] = None) -> TaskBatch:
         """Check `task_ids` against every adapter in `adapters`; see `resolve_tasks` for what is accepted and raised."""
-        ids, uniform = {}, {}
+        ids, uniform, unknown = {}, {}, {}
         for name in adapters:
             ids[name], uniform[name] = resolve_tasks(task_ids, self.configs[name], name, n_rows)
+            if (stranger := unknown_name(task_ids, self.configs[name])) is not None:
+                unknown[name] = stranger
             if name in self.merged:
                 self._check_merged(name, ids[name])
-        return TaskBatch(task_ids, ids, uniform)
+        return TaskBatch(task_ids, ids, uniform, unknown)
+
+    def check_known(self, batch: TaskBatch) -> None:
+        """Raise for names that the adapters do not have, which only evaluation lets in."""
+        for name, task in batch.unknown.items():
+            raise ValueError(
+                f"{unknown_message(task, self.configs[name], name)} `unknown_task='mean'` answers for it in eval mode; "
+                "to train it, add it with `add_tasks` first."
+            )
 
     def _check_merged(self, name: str, ids: torch.Tensor) -> None:
         task, config = self.merged[name], self.configs[name]
@@ -171,14 +100,24 @@ class TaskContext:
         """
         if task_ids is not None:
             return self.resolve(task_ids, adapters, n_rows)
-        entered = self.current()
-        if entered is not None:
-            anew = [name for name in adapters if name not in entered.ids or name in self.merged]
-            return self.resolve(entered.given, adapters, n_rows) if anew else entered
-        if self.default is not None:
-            return self.resolve(self.default, adapters)
+        entry = self._entry()
+        if entry is not None and entry.batch is not None:
+            anew = [name for name in adapters if name not in entry.batch.ids or name in self.merged]
+            if anew or (entry.batch.unknown and not entry.batch.in_call):  # they may have been added since
+                return self.resolve(entry.batch.given, adapters, n_rows)
+            return entry.batch
+        default = self.default if entry is None or entry.default is None else entry.default
+        recomputes = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if default is not None and not (recomputes and entry is None):
+            return self.resolve(default, adapters)
         for name in adapters:
             if self.configs[name].n_tasks > 1 and name not in self.merged:
+                if recomputes and entry is None:
+                    raise ValueError(
+                        "A backward computes a layer again, and nothing tells for which forward. torch's own "
+                        "`torch.utils.checkpoint` is followed; anything else must enter the tasks of its forward "
+                        "again, with `peft_poly.use_task(model, ...)` inside what it computes again."
+                    )
                 raise ValueError(no_task_message(self.configs[name], name))
         return None
 
@@ -221,96 +160,75 @@ class TaskContext:
         return self.default is not None or self.configs[adapter_name].n_tasks == 1
 
     @contextmanager
-    def use(self, batch: Optional[TaskBatch], weights: Any = None) -> Iterator[None]:
-        """Make `batch` the current one of this thread, and put the one before back afterwards.
+    def use(
+        self,
+        batch: Optional[TaskBatch],
+        routing: Any = None,
+        owner: Optional[FrameType] = None,
+        default: Union[int, str, None] = None,
+    ) -> Iterator[None]:
+        """Make `batch` the current one of the running code, until the block ends.
 
         Args:
             batch: the tasks.
-            weights: mixing weights for the one call that this is for; None if it may be for several.
+            routing: of all layers, for the one call that this is for; None if it may be for several.
+            owner: the coroutine or generator that the block belongs to.
+            default: the task that was set when the forward ran which this computes again.
         """
-        local = self._local
-        before, outer = (local.entry, local.weights), entered_context()
-        _entered.context = self
-        local.entry = (batch, -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id())
-        local.weights = weights
+        local = self.entries
+        entry = Entry(batch, local.top, owner, routing, default)
+        local.top = entry
         try:
             yield
         finally:
-            local.entry, local.weights = before
-            _entered.context = outer
+            if torch.compiler.is_compiling():
+                local.top = entry.outer
+            else:
+                local.leave(entry)
 
     @property
-    def weights(self) -> Any:
-        """Mixing weights of the call that this thread is in, if it is one."""
-        return self._local.weights
+    def routing(self) -> Any:
+        """The routing of all layers of the call that the running code is in, if it is one."""
+        entry = self._entry()
+        return None if entry is None else entry.routing
 
     def current(self) -> Optional[TaskBatch]:
-        """The batch being computed: the one entered in this thread, or the one whose backward is recomputing us."""
-        batch, entered_in = self._local.entry or (None, -1)
+        """The batch that the running code has entered."""
+        entry = self._entry()
+        return None if entry is None else entry.batch
+
+    def set_now(self) -> Union[int, str, None]:
+        """The task that calls without one get now."""
+        entry = self._entry()
+        return self.default if entry is None or entry.default is None else entry.default
+
+    def _entry(self) -> Optional[Entry]:
         if torch.compiler.is_compiling():
-            return batch
-        backward = torch._C._current_graph_task_id()
-        if backward == entered_in:
-            return batch
-        # Inside a backward (-1: not): a recomputation. What this thread entered before belongs to another forward.
-        note = self._notes.get(backward)
-        if note is not None:
-            self._local.recomputed_in = backward
-        else:  # a checkpoint inside a checkpoint has a backward of its own, inside that of the outer one
-            note = self._notes.get(self._local.recomputed_in)
-        return batch if note is None else note.batch
-
-    def note_outputs(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the base model: lets the backward of `output` know the batch it belongs to.
-
-        An object that torch cannot look into is searched by its attributes.
-        """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        batch = self.current()
-        if batch is None:
-            return
-        for leaf in pytree.tree_leaves(output):
-            known = isinstance(leaf, (torch.Tensor, torch.nn.Module))
-            for tensor in [leaf] if known else pytree.tree_leaves(getattr(leaf, "__dict__", None)):
-                if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
-                    tensor.register_hook(_Note(self, batch))
-
-    def _take_note(self, batch: TaskBatch) -> None:
-        backward = torch._C._current_graph_task_id()
-        note = self._notes.get(backward)
-        if note is None:
-            note = self._notes[backward] = _Backward(batch)
-            # The engine alone keeps the note alive: it goes when the backward ends, even if it fails.
-            torch.autograd.Variable._execution_engine.queue_callback(note.keep)
-        note.batch = batch
+            top = self.entries.top
+            if top is not None and top.owner is not None:
+                raise ValueError(
+                    "`use_task` was entered in a coroutine or a generator, which a compiled model cannot tell from "
+                    "others. Pass `task_ids=` to the call."
+                )
+            return top
+        entry = self.entries.visible()
+        # What was entered outside of a running backward belongs to another forward than the one that it recomputes.
+        return entry if entry is not None and entry.backward == torch._C._current_graph_task_id() else None
 
 
-class _Local(threading.local):
-    """What one thread is at; there from the start, since the compiler would guard on its absence."""
-
-    def __init__(self) -> None:
-        self.entry: Optional[tuple[Optional[TaskBatch], int]] = None
-        self.recomputed_in = -1
-        self.weights: Any = None
+ALIVE: weakref.WeakSet[TaskContext] = weakref.WeakSet()
 
 
-class _Backward:
-    """A running backward, and the batch that it has come to."""
-
-    def __init__(self, batch: TaskBatch) -> None:
-        self.batch = batch
-
-    def keep(self) -> None:
-        """Called back at the end; does nothing but be held until then."""
+def living_contexts() -> list[TaskContext]:
+    """All contexts; those that the running code has entered come last, the innermost at the very end."""
+    entries = [(context, context._entry()) for context in list(ALIVE)]
+    return [context for context, _ in sorted(entries, key=lambda pair: -1 if pair[1] is None else pair[1].order)]
 
 
-class _Note:
-    """Gradient hook: says at the start of a backward which batch it is of."""
+def entered_context() -> Optional[TaskContext]:
+    """The context that the running code has entered last, for modules that belong to no adapted model; None for none.
 
-    def __init__(self, context: TaskContext, batch: TaskBatch) -> None:
-        self.context, self.batch = context, batch
-
-    def __call__(self, grad: torch.Tensor) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            self.context._take_note(self.batch)
+    A compiled model cannot look for it.
+    """
+    last = [] if torch.compiler.is_compiling() else living_contexts()[-1:]
+    return last[0] if last and last[0]._entry() is not None else None

@@ -57,8 +57,8 @@ def ungrouped_rows(tasks: torch.Tensor) -> Rows:
     return Rows(tasks)
 
 
-def group_rows(tasks: list[int]) -> Rows:
-    """Group rows whose tasks the host knows.
+def group_rows(tasks: list[int], ids: Optional[torch.Tensor] = None) -> Rows:
+    """Group rows whose tasks the host knows; `ids` are the same as a LongTensor `(b,)`, if there is one.
 
     ```py
     >>> group_rows([4, 4, 4]).tasks
@@ -74,7 +74,8 @@ def group_rows(tasks: list[int]) -> Rows:
     distinct = list(dict.fromkeys(tasks))
     run = len(tasks) // len(distinct)
     if [task for task in distinct for _ in range(run)] == tasks:
-        return Rows(torch.tensor(distinct), key=tuple(distinct))
+        pairs = ids if ids is not None and len(ids) == len(distinct) else torch.tensor(distinct)
+        return Rows(pairs, key=tuple(distinct))
     pair = {task: i for i, task in enumerate(distinct)}
     index = [pair[task] for task in tasks]
     members: list[list[int]] = [[] for _ in distinct]

@@ -9,26 +9,44 @@ from typing import Any, Optional, Union
 import torch
 
 from ..config import PolyConfig
+from .transforms import is_symbolic
 
-__all__ = ["TaskIds", "nearest_name", "no_task_message", "resolve_task", "resolve_tasks", "rows_of_call"]
+__all__ = [
+    "ROW_ARGUMENTS",
+    "TaskIds",
+    "nearest_name",
+    "no_task_message",
+    "resolve_task",
+    "resolve_tasks",
+    "rows_of_call",
+    "unknown_message",
+    "unknown_name",
+]
 
 TaskIds = Union[torch.Tensor, Sequence[Union[int, str]], int, str]
 
 # Arguments that tell how many rows a batch has, in the order of trust.
-ROW_ARGUMENTS = ("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values")
+ROW_ARGUMENTS = (
+    "input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values", "decoder_input_ids",
+    "decoder_inputs_embeds",
+)  # fmt: skip
 
 
-def rows_of_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Optional[int], int]:
-    """How many rows the batch of a call has, and how many sequences a row (choices of `(b, choices, l)` input ids).
+def rows_of_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Optional[int], Union[str, int, None]]:
+    """How many rows the batch of a call has, and which argument tells it: its name or its position.
 
-    The number is None if no argument tells.
+    Both are None if no argument tells.
     """
-    named = [kwargs[name] for name in ROW_ARGUMENTS if isinstance(kwargs.get(name), torch.Tensor)]
-    main = (named or [arg for arg in args[:1] if isinstance(arg, torch.Tensor)] or [None])[0]
-    if main is None or main.dim() < 2:
-        return None, 1
-    has_choices = main.dim() == 3 and not main.is_floating_point()
-    return main.shape[0], main.shape[1] if has_choices else 1
+    told: list[tuple[Union[str, int], Any]] = [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[:-2]]
+    encoded = kwargs.get("encoder_outputs")
+    if encoded is not None and len(encoded):  # `generate` has encoded the rows before
+        told.append(("encoder_outputs", encoded[0]))
+    told += [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[-2:]]
+    told += list(enumerate(args[:1]))
+    for name, value in told:
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            return value.shape[0], name
+    return None, None
 
 
 def resolve_tasks(
@@ -44,12 +62,15 @@ def resolve_tasks(
         n_rows: number of rows of the batch, where known.
 
     Returns:
-        The ids, `(b,)`, and whether all rows are known to have the same task; the ids are then `(1,)`. Ids on an
-        accelerator (and ids seen by the compiler) are not read by the host: they are checked there, by an assertion.
+        The ids, `(b,)`, and whether all rows are known to have the same task; the ids are then `(1,)`. A name that
+        `unknown_task="mean"` lets in has the id `n_tasks`, behind all others. Ids on an accelerator (and ids seen by
+        the compiler) are not read by the host: they are checked there, by an assertion.
 
     Raises:
         ValueError: unknown name (with the nearest one), negative or too large id, not integers, wrong number of rows.
     """
+    if unknown_name(task_ids, config) is not None:
+        return _with_unknown(task_ids, config, adapter_name, n_rows)
     if isinstance(task_ids, (int, str)) and not isinstance(task_ids, bool):
         return torch.full((1,), resolve_task(task_ids, config, adapter_name), dtype=torch.long), True
     ids = _integer_ids(task_ids if isinstance(task_ids, torch.Tensor) else _listed(task_ids, config, adapter_name))
@@ -66,6 +87,8 @@ def resolve_tasks(
             f"task_ids has {ids.shape[0]} entries but the batch has {n_rows} rows. Pass one id per row, or one id or "
             "name for all rows."
         )
+    if is_symbolic(ids):  # torch.func has many at once, a trace has no numbers; the look-up in the router checks them
+        return ids, one_for_all
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
         torch._assert_async(
             ((ids >= 0) & (ids < config.n_tasks)).all(), f"task ids must lie in [0, {config.n_tasks - 1}]"
@@ -97,6 +120,20 @@ def resolve_task(task: Union[int, str], config: PolyConfig, adapter_name: str = 
     return int(task)
 
 
+def unknown_name(task_ids: Any, config: PolyConfig) -> Optional[str]:
+    """The first name in `task_ids` that the adapter does not have, where `unknown_task="mean"` lets it in."""
+    if config.unknown_task == "error" or not config.task_names:
+        return None
+    return next((task for task in _flat(task_ids) if _is_unknown(task, config)), None)
+
+
+def unknown_message(name: str, config: PolyConfig, adapter_name: str) -> str:
+    """The message for a name that the adapter does not have."""
+    names = config.task_names or []
+    hint = nearest_name(name, names)
+    return f"Unknown task {name!r}.{hint} Adapter {adapter_name!r} knows: {', '.join(names)}."
+
+
 def no_task_message(config: PolyConfig, adapter_name: str) -> str:
     """The message for a call whose tasks nobody said."""
     known = ", ".join(config.task_names) if config.task_names else f"ids 0 to {config.n_tasks - 1}"
@@ -115,6 +152,29 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {folded[near[0]]!r}?" if near else ""
 
 
+def _flat(task_ids: Any) -> Sequence[Any]:
+    if getattr(getattr(task_ids, "dtype", None), "kind", None) in ("O", "U"):  # a numpy array of names
+        task_ids = task_ids.tolist()
+    return task_ids if isinstance(task_ids, (list, tuple)) else [task_ids]
+
+
+def _is_unknown(task: Any, config: PolyConfig) -> bool:
+    return isinstance(task, str) and task not in (config.task_names or ())
+
+
+def _with_unknown(
+    task_ids: Any, config: PolyConfig, adapter_name: str, n_rows: Optional[int]
+) -> tuple[torch.Tensor, bool]:
+    """`resolve_tasks` of what has names to let in: the others are checked as if these were the first task."""
+    if isinstance(task_ids, str):
+        return torch.full((1,), config.n_tasks, dtype=torch.long), True
+    tasks = _flat(task_ids)
+    unknown = torch.tensor([_is_unknown(task, config) for task in tasks])
+    ids, _ = resolve_tasks([0 if _is_unknown(task, config) else task for task in tasks], config, adapter_name, n_rows)
+    ids = torch.where(unknown, config.n_tasks, ids)
+    return (ids[:1], True) if all(_is_unknown(task, config) for task in tasks) else (ids, False)
+
+
 def _integer_ids(ids: torch.Tensor) -> torch.Tensor:
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"task_ids must be integers or task names, got a tensor of dtype {ids.dtype}.")
@@ -122,8 +182,8 @@ def _integer_ids(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _listed(task_ids: Any, config: PolyConfig, adapter_name: str) -> torch.Tensor:
-    if getattr(getattr(task_ids, "dtype", None), "kind", None) in ("O", "U"):  # a numpy array of names
-        task_ids = task_ids.tolist()
+    if getattr(getattr(task_ids, "dtype", None), "kind", None) in ("O", "U"):
+        task_ids = _flat(task_ids)
     if isinstance(task_ids, (bool, float)):
         raise ValueError(f"task_ids must be integers or task names, got {task_ids!r}.")
     if isinstance(task_ids, (list, tuple)):
@@ -152,5 +212,4 @@ def _id_of_name(name: str, config: PolyConfig, adapter_name: str) -> int:
         )
     if name in config.task_names:
         return config.task_names.index(name)
-    hint = nearest_name(name, config.task_names)
-    raise ValueError(f"Unknown task {name!r}.{hint} Adapter {adapter_name!r} knows: {', '.join(config.task_names)}.")
+    raise ValueError(unknown_message(name, config, adapter_name))

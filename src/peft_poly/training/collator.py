@@ -19,6 +19,7 @@ from .labels import LABEL_COLUMNS, label_tensor, plain_label_tensor
 
 __all__ = ["DataCollatorWithTaskIds", "tasks_of"]
 
+PAIRING = {"DataCollatorForPreference", "DataCollatorForVisionPreference"}  # of DPO and of reward models
 TASK_COLUMNS = ("task_ids", "task")  # an id, a name; where a data set has both, the id is used
 
 
@@ -42,7 +43,8 @@ class DataCollatorWithTaskIds:
     Raises:
         ValueError: a row has no task, an unknown one (the message has the row, and the nearest name), two that differ,
             or another column than the rows before it; or the batch has not one row for each row of the data set, as
-            after packing, and not one task for all of them; or a label is none of its task's.
+            after packing, and not one task for all of them (of TRL's pairs of answers both have the row's task); or a
+            label is none of its task's.
         TypeError: the collator cannot be called; rows or the batch are no mappings.
 
     Example:
@@ -187,14 +189,23 @@ class DataCollatorWithTaskIds:
 
     def _fitted(self, ids: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
         """One id for each row of the batch, `(b,)`."""
-        n_rows, _ = rows_of_call((), dict(batch))
+        n_rows = rows_of_call((), dict(batch))[0]
         if n_rows is None or n_rows == len(ids):
             return ids
         if (ids == ids[0]).all():
             return ids[:1].repeat(n_rows)
+        if n_rows == 2 * len(ids) and _makes_pairs(self.collator):
+            return ids.repeat(2)
+        name = type(self.collator).__name__
+        if n_rows < len(ids):
+            raise ValueError(
+                f"The collator made {n_rows} row(s) of {len(ids)} rows with different tasks. A row has one task: "
+                "switch packing or padding-free batches off, or let each batch have one task only."
+            )
         raise ValueError(
-            f"The collator made {n_rows} row(s) of {len(ids)} rows with different tasks. A row has one task: switch "
-            "packing or padding-free batches off, or let each batch have one task only."
+            f"{name} made {n_rows} rows of {len(ids)} rows with different tasks, and nothing says which of them are "
+            "whose. Let each batch have one task only, or put `task_ids`, one for each row that is made, into the "
+            "batch in a collator of your own."
         )
 
 
@@ -249,6 +260,12 @@ def _without_task(names: Sequence[str]) -> str:
     near = [name for name in names if "task" in name.casefold()]
     hint = f" Is it in `{near[0]}`? Rename that column to `task` (names) or `task_ids` (ids)." if near else ""
     return f"has neither a column `task`, which is a name, nor `task_ids`, an id. It has: {', '.join(names)}.{hint}"
+
+
+def _makes_pairs(collator: Any) -> bool:
+    """Whether it is one of TRL's that put all chosen answers first, then all rejected ones, in the same order."""
+    names = {kind.__name__ for kind in type(collator).__mro__ if kind.__module__.startswith("trl.")}
+    return bool(names & PAIRING)
 
 
 def _preview(row: Mapping[str, Any]) -> str:

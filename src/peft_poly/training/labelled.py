@@ -12,7 +12,7 @@ from typing import Any, Optional, cast
 
 import torch
 
-from ..adapter.label_tensors import places_labelled
+from ..adapter.labelled.tensors import places_labelled
 from ..config import PolyConfig
 from ..labels import UNLABELLED
 from ..model import PolyModel

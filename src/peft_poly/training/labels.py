@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import torch
 
-from ..adapter.label_tensors import LabelTable, check_labels, label_cells
+from ..adapter.labelled.tensors import LabelTable, check_labels, label_cells
 from ..labels import UNLABELLED, TaskLabels
 from ..tasks.ids import nearest_name
 

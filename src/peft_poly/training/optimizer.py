@@ -9,14 +9,14 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ..adapter.heads import TaskHeads
+from ..adapter.labelled.heads import TaskHeads
 from ..layer import PolyLayer
 
 __all__ = ["create_poly_optimizer", "poly_parameter_groups"]
 
 
 def poly_parameter_groups(
-    model: nn.Module, *, lr: float, router_lr: float = 0.1, weight_decay: Optional[float] = None
+    model: nn.Module, *, lr: float, router_lr: Optional[float] = None, weight_decay: Optional[float] = None
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: `adapters`, `router`, `modules_to_save` and `no_decay`.
 
@@ -29,7 +29,7 @@ def poly_parameter_groups(
     Args:
         model: a model with task-routed layers. Parameters that do not require a gradient are left out.
         lr: learning rate of all groups but the router's.
-        router_lr: learning rate of the router rows.
+        router_lr: learning rate of the router rows. None: that of each adapter's config, `PolyConfig.router_lr`.
         weight_decay: of `adapters` and `modules_to_save`; the router and `no_decay` have none. None: the optimizer's
             own default.
 
@@ -44,27 +44,33 @@ def poly_parameter_groups(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no task-routed layer. Add an adapter with a PolyConfig first.")
     skills = {id(p) for layer in layers for held in (layer.poly_lora_A, layer.poly_lora_B) for p in held.values()}
-    routers = {id(p) for layer in layers for p in layer.poly_router.parameters()}
-    named: dict[str, list[nn.Parameter]] = {"adapters": [], "router": [], "modules_to_save": [], "no_decay": []}
+    rates = {
+        id(p): layer.task_context.configs[name].effective_router_lr if router_lr is None else router_lr
+        for layer in layers
+        for name, router in layer.poly_router.items()
+        for p in router.parameters()
+    }
+    named: dict[str, list[nn.Parameter]] = {"adapters": [], "modules_to_save": [], "no_decay": []}
+    routers: dict[float, list[nn.Parameter]] = {}  # by rate: adapters of different kinds can be active together
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in routers:
-            named["router"].append(parameter)
+        if id(parameter) in rates:
+            routers.setdefault(rates[id(parameter)], []).append(parameter)
         elif id(parameter) in skills:
             named["adapters"].append(parameter)
         else:
             named["no_decay" if parameter.dim() < 2 else "modules_to_save"].append(parameter)
-    if not any(named.values()):
+    if not routers and not any(named.values()):
         raise ValueError("No parameter requires a gradient. Load the adapter with `is_trainable=True`.")
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    settings: dict[str, dict[str, Any]] = {
-        "adapters": {"lr": lr, **decay},
-        "router": {"lr": router_lr, "weight_decay": 0.0},
-        "modules_to_save": {"lr": lr, **decay},
-        "no_decay": {"lr": lr, "weight_decay": 0.0},
-    }
-    return [{"name": name, "params": found, **settings[name]} for name, found in named.items() if found]
+    groups: list[dict[str, Any]] = [
+        {"name": "adapters", "params": named["adapters"], "lr": lr, **decay},
+        *({"name": "router", "params": found, "lr": rate, "weight_decay": 0.0} for rate, found in routers.items()),
+        {"name": "modules_to_save", "params": named["modules_to_save"], "lr": lr, **decay},
+        {"name": "no_decay", "params": named["no_decay"], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def create_poly_optimizer(
@@ -72,19 +78,19 @@ def create_poly_optimizer(
     optimizer_cls: Callable[..., torch.optim.Optimizer],
     *,
     lr: float,
-    router_lr: float = 0.1,
+    router_lr: Optional[float] = None,
     weight_decay: Optional[float] = None,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
     """An optimizer whose router learns at a rate of its own; see `peft_poly.training.poly_parameter_groups`.
 
-    Pass it to a `Trainer` as `optimizers=(optimizer, None)`.
+    A `Trainer` that is given no optimizer makes this one, for the `optim` of its `TrainingArguments`.
 
     Args:
         model: a model with task-routed layers.
         optimizer_cls: any torch optimizer class, such as `torch.optim.AdamW`.
         lr: learning rate of everything but the router.
-        router_lr: learning rate of the router rows.
+        router_lr: learning rate of the router rows. None: that of each adapter's config, `PolyConfig.router_lr`.
         weight_decay: of everything but the router and vectors; None for the optimizer's default.
         kwargs: further arguments of `optimizer_cls`.
 

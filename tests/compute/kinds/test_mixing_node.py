@@ -11,11 +11,12 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.poly.layer import Linear as PeftPolyLinear
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
-from peft_poly import Linear, PolyConfig
+from peft_poly import Linear, PolyConfig, PolyRouter
 from peft_poly.compute import paths
 from peft_poly.compute.kinds.mixing_node import PolyUpdate
+from peft_poly.compute.kinds.routed import OwnRouting
 
 # n_splits h, n_skills k, d in-features and o out-features of a split, r rank
 SIZES = {
@@ -51,12 +52,22 @@ def make_tensors(sizes=SIZES["splits"], shape=(3, 2), tasks=(2, 0, 2), noise=Tru
     }
 
 
+def update(base, x, weight, bias, A, B, logits, tasks, noise, temperature, scale):
+    """`PolyUpdate` of a layer that is routed by itself."""
+    h, k = A.shape[:2]
+    router = PolyRouter(PolyConfig(n_tasks=len(logits), n_splits=h, n_skills=k, router_temperature=temperature))
+    with torch.no_grad():
+        w, p = router.route(torch.embedding(logits, tasks), noise)
+    own = OwnRouting(router, tasks, p, noise)
+    return PolyUpdate.apply(base, x, weight, bias, A, B, scale, w, own, logits)
+
+
 def check(arguments: dict, wanted: tuple[str, ...]) -> None:
     """Analytic gradients of the arguments in `wanted` against finite differences; the others take none."""
     tensors = [arguments[name].clone().requires_grad_() for name in wanted]
 
     def call(*given: torch.Tensor) -> torch.Tensor:
-        return PolyUpdate.apply(*{**arguments, **dict(zip(wanted, given, strict=True))}.values())
+        return update(*{**arguments, **dict(zip(wanted, given, strict=True))}.values())
 
     assert gradcheck(call, tensors, atol=1e-6)
 
@@ -99,6 +110,19 @@ class TestFiniteDifferences:
         arguments = make_tensors() | {"base": torch.randn(3, 2, 2, dtype=torch.float64), "weight": None, "bias": None}
         check(arguments, ("base", *LEARNED))
 
+    @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+    def test_weights_that_were_given(self, sizes):
+        arguments = make_tensors(sizes)
+        h, k = arguments["A"].shape[:2]
+        w = torch.rand(3, h, k, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        A, B, x = (arguments[name].requires_grad_() for name in ("A", "B", "x"))
+        weight, bias, scale = arguments["weight"], arguments["bias"], arguments["scale"]
+        assert gradcheck(
+            lambda x, A, B, w: PolyUpdate.apply(None, x, weight, bias, A, B, scale, w, None, None),
+            (x, A, B, w),
+            atol=1e-6,
+        )
+
     def test_a_base_without_a_bias(self):
         check(make_tensors() | {"bias": None}, LEARNED)
 
@@ -109,7 +133,7 @@ class TestFiniteDifferences:
 
         def call(x, *rest):
             given = {**arguments, "x": x.transpose(0, 1), **dict(zip(wanted[1:], rest, strict=True))}
-            return PolyUpdate.apply(*given.values())
+            return update(*given.values())
 
         assert gradcheck(call, [x, *rest], atol=1e-6)
 
@@ -118,22 +142,25 @@ def test_gradients_nobody_asked_for_are_not_computed():
     arguments = make_tensors()
     arguments["x"].requires_grad_()
     with mock.patch.object(torch.ops.aten, "embedding_dense_backward", side_effect=AssertionError):
-        PolyUpdate.apply(*arguments.values()).sum().backward()
+        update(*arguments.values()).sum().backward()
     assert arguments["x"].grad is not None
 
 
-def test_a_second_derivative_is_refused():
-    arguments = make_tensors()
-    x = arguments["x"].requires_grad_()
-    (first,) = torch.autograd.grad(PolyUpdate.apply(*arguments.values()).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+@pytest.mark.parametrize("noise", [True, False], ids=["noise", "no noise"])
+def test_second_derivatives(noise):
+    arguments = make_tensors(sizes=(2, 2, 1, 2, 2), noise=noise)
+    tensors = [arguments[name].requires_grad_() for name in LEARNED]
+
+    def call(*given):
+        return update(*{**arguments, **dict(zip(LEARNED, given, strict=True))}.values())
+
+    assert gradgradcheck(call, tensors, atol=1e-6)
 
 
 def test_the_base_that_was_given_is_left_as_it_was():
     base = torch.randn(3, 2, 2, dtype=torch.float64)
     before = base.clone()
-    PolyUpdate.apply(*(make_tensors() | {"base": base, "weight": None, "bias": None}).values())
+    update(*(make_tensors() | {"base": base, "weight": None, "bias": None}).values())
     assert torch.equal(base, before)
 
 

@@ -17,13 +17,14 @@ from torch import nn
 
 from ...config import PolyConfig
 from ...router import Router
-from ...tasks.context import TaskBatch, kept_in_generation
+from ...tasks.batch import TaskBatch, kept_in_generation
 from ..adapted import Adapted
-from ..parts import router_of, row_tasks, tensors_of
+from ..keeping.kept import Kept, Origin, Shortcut
+from ..parts import ids_of_rows, tensors_of
 from ..products import to_add_to
 from .gating_node import GatedUpdate, add_gated
-from .kept import Kept, Origin, Shortcut
 from .kind import Kind
+from .routed import routed_for_backward, routed_without
 
 __all__ = ["GateRouter", "Gates"]
 
@@ -40,6 +41,7 @@ class GateRouter(Router):
 
     def __init__(self, poly_config: PolyConfig) -> None:
         super().__init__()
+        self.config = poly_config  # its `unknown_task` may be set at any time
         self.poly_type = poly_config.poly_type
         self.n_splits = 1
         self.n_skills = poly_config.r
@@ -49,9 +51,17 @@ class GateRouter(Router):
         """All gates at one: every task starts as the shared LoRA."""
         nn.init.zeros_(self.module_logits)
 
-    def weigh(self, z: torch.Tensor) -> torch.Tensor:
-        """`1 + z`: `(..., r) -> (..., 1, r)`, at least float32."""
-        return (z if z.dtype in (torch.float32, torch.float64) else z.float()).add(1).unsqueeze(-2)
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"n_tasks={self.n_tasks}, r={self.module_logits.shape[1]}"
+
+    def route(self, z: torch.Tensor, noise: Optional[torch.Tensor]) -> tuple[torch.Tensor, None]:
+        """`1 + z`, `(..., r) -> (..., 1, r)`, at least float32; no noise, and a gradient that needs nothing."""
+        return (z if z.dtype in (torch.float32, torch.float64) else z.float()).add(1).unsqueeze(-2), None
+
+    def grad_route(self, grad: torch.Tensor, w: torch.Tensor, p: Optional[torch.Tensor], noisy: bool) -> torch.Tensor:
+        """That of the gates, `(..., 1, r)`."""
+        return grad
 
     def forward(self, task_ids: torch.Tensor, input_ids: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gates of a batch.
@@ -69,7 +79,7 @@ class GateRouter(Router):
         if task_ids is None:
             raise ValueError("task_ids should not be None: a router needs to know the task of each row.")
         tasks = task_ids.reshape(-1).to(self.module_logits.device)
-        return self.weigh(torch.embedding(self.module_logits, tasks))
+        return self.route(torch.embedding(self.logits_of_tasks(), tasks), None)[0]
 
 
 class Gates(Kind):
@@ -78,9 +88,10 @@ class Gates(Kind):
     name = "gates"
     tags = ("mtl-lora",)
     unit = "rank"
+    weight = "gate"
+    weights = "gates"
     n_skills = 1
     n_splits = 1
-    router_lr = 0.03
     centre = 1.0
 
     # ------------------------------------------------------------------------------------------------------- settings
@@ -119,8 +130,8 @@ class Gates(Kind):
         """`A` and `diag(g_t) B`."""
         A, B = layer.poly_lora_A[name][0, 0], layer.poly_lora_B[name][0, 0]
         router: Any = layer.poly_router[name]
-        gates = router(tasks).to(B)  # (b, 1, r)
-        return A.expand(gates.shape[0], *A.shape), gates.transpose(1, 2) * B
+        gated = router(tasks).to(B.device).transpose(1, 2) * B  # (b, r, out), rounded once where B is 16-bit
+        return A.expand(gated.shape[0], *A.shape), gated.to(B.dtype)
 
     def update(self, layer: Adapted, name: str, x: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
         """`scale * ((x A) * g_t) B`."""
@@ -139,12 +150,15 @@ class Gates(Kind):
         x: torch.Tensor,
         weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
-        tasks: torch.Tensor,
+        ids: torch.Tensor,
+        n_rows: int,
     ) -> torch.Tensor:
         """See `GatedUpdate`."""
         A, B, logits = tensors_of(layer, name)
-        gates = router_of(layer, name).weigh(torch.embedding(logits, tasks))[:, 0]
-        return GatedUpdate.apply(base, x, weight, bias, A, B, gates * layer.scaling[name])
+        gates, own = routed_for_backward(layer, name, logits, ids, n_rows)
+        return GatedUpdate.apply(
+            base, x, weight, bias, A, B, layer.scaling[name], gates, own, None if own is None else logits
+        )
 
     def add(
         self,
@@ -158,11 +172,9 @@ class Gates(Kind):
     ) -> torch.Tensor:
         """Two products and one multiplication, whatever the tasks."""
         A, B, logits = tensors_of(layer, name)
-        gates, scale = gates_of_rows(layer, name, logits, batch, n_rows, x), layer.scaling[name]
-        if layer.training:  # bit for bit as in `node`
-            gates, scale = gates * scale, 1.0
+        gates = gates_of_rows(layer, name, logits, batch, n_rows, x)
         y = to_add_to(y, owned)
-        add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), gates.to(A.dtype), A[0, 0], B[0, 0], scale)
+        add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), gates, A[0, 0], B[0, 0], layer.scaling[name])
         return y
 
     # ------------------------------------------------------------------------------------------------------- its life
@@ -177,21 +189,28 @@ class Gates(Kind):
             router: Any = layer.poly_router[name]
             routers[id(router)] = router
             B = layer.poly_lora_B[name]
-            gates = router.weigh(router.module_logits).mean(dim=0)  # (1, r)
-            folded = (gates.to(B).view(1, 1, -1, 1) * B).detach()
-            layer.poly_lora_B[name] = nn.Parameter(folded, requires_grad=B.requires_grad)
+            gates = router.route(router.module_logits, None)[0].mean(dim=0)  # (1, r)
+            folded = gates.to(B.device).view(1, 1, -1, 1) * B
+            layer.poly_lora_B[name] = nn.Parameter(folded.to(B.dtype).detach(), requires_grad=B.requires_grad)
         for router in routers.values():
             router.module_logits = nn.Parameter(torch.zeros_like(router.module_logits), requires_grad=False)
 
-    def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:
+    def settings_of_loras(self, ranks: Mapping[str, set[int]], own_weight: Optional[float]) -> dict[str, Any]:
         """The LoRAs are stacked, so that their ranks add up."""
+        if own_weight is not None:
+            raise ValueError(
+                f"`own_weight` has no meaning with poly_type='gates', got {own_weight!r}: each task starts as its LoRA "
+                "exactly. Leave it out."
+            )
         several = {name: sorted(of_lora) for name, of_lora in ranks.items() if len(of_lora) > 1}
         if several:
             name, found = next(iter(several.items()))
             raise ValueError(f"A LoRA must have one rank in all layers, but that of task {name!r} has {found}.")
         return {"r": sum(rank for of_lora in ranks.values() for rank in of_lora)}
 
-    def take_loras(self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: float) -> None:
+    def take_loras(
+        self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: Optional[float]
+    ) -> None:
         """Each task's gates are one on the ranks of its own LoRA and zero elsewhere: exact."""
         logits: Any = layer.poly_router[name].module_logits
         logits.fill_(-1)
@@ -216,28 +235,24 @@ class Gates(Kind):
 def gates_of_rows(
     layer: Adapted, name: str, logits: torch.Tensor, batch: Optional[TaskBatch], n_rows: int, x: torch.Tensor
 ) -> torch.Tensor:
-    """The gates of the rows, `(b, r)` or `(1, r)` for all, at least float32; kept from token to token in `generate`."""
+    """The gates of the rows, `(b, r)` or `(1, r)` for all, dtype of A, without gradients; kept within `generate`."""
+    ids = ids_of_rows(layer, batch, name, n_rows)
+    A, B, _ = tensors_of(layer, name)
+
+    def looked_up() -> torch.Tensor:
+        tasks = ids.to(logits.device, non_blocking=True)
+        return routed_without(layer, name, logits, ids, tasks)[:, 0].to(A.dtype)
+
     kept = None if layer.training else kept_in_generation()
-    tasks = row_tasks(layer, name, batch, n_rows)
     if kept is None:
-        return _looked_up(layer, name, logits, tasks, x)
-    entry, tensors = kept.get((layer, name)), (logits,)
-    if entry is None or not entry.holds(batch, tasks, tensors):
-        entry = kept[layer, name] = Kept(batch, tasks, tensors, (_looked_up(layer, name, logits, tasks, x),))
+        return looked_up()
+    entry = kept.get((layer, name))
+    if entry is None or not entry.holds(batch, ids, (logits,)):
+        entry = kept[layer, name] = Kept(batch, ids, (logits,), (looked_up(),))
     elif Shortcut.fits(layer, name, x):  # not the first token: there will be more
-        A, B, _ = tensors_of(layer, name)
-        values = (A[0, 0], B[0, 0], entry.values[0].to(A.dtype))
+        values = (A[0, 0], B[0, 0], *entry.values)
         kept[layer] = Shortcut(layer, name, x, batch, None, Origin((logits, A, B)), values, _gated)
     return entry.values[0]
-
-
-def _looked_up(layer: Adapted, name: str, logits: torch.Tensor, tasks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    weights, gates = layer.task_context.weights, None
-    if weights is not None:
-        gates = weights.of(logits, name, tasks)
-    if gates is None:
-        gates = router_of(layer, name).weigh(torch.embedding(logits, tasks.to(x.device, non_blocking=True)))
-    return gates[:, 0]
 
 
 def _gated(y: torch.Tensor, x: torch.Tensor, values: tuple[torch.Tensor, ...], scale: float) -> torch.Tensor:

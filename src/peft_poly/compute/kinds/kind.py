@@ -15,7 +15,7 @@ import torch
 
 from ...config import PolyConfig
 from ...router import Router
-from ...tasks.context import TaskBatch
+from ...tasks.batch import TaskBatch
 from ..adapted import Adapted
 
 __all__ = ["Kind"]
@@ -27,9 +27,9 @@ class Kind(ABC):
     Attributes:
         name: the value of `PolyConfig.poly_type`.
         n_skills, n_splits: what the config has where they were not given.
-        router_lr: the recommended learning rate of the router.
         tags: of its model cards.
         unit: what a weight is one of, for tables and pictures.
+        weight, weights: what tables and pictures call one weight, and all of a task.
         centre: the value of a weight that says nothing about a task; pictures are drawn around it. None: the weights
             of a split sum to 1, and pictures run up from 0.
     """
@@ -39,7 +39,8 @@ class Kind(ABC):
     n_splits: int
     tags: tuple[str, ...]
     unit: str
-    router_lr: float
+    weight: str
+    weights: str
     centre: Optional[float]
 
     # ------------------------------------------------------------------------------------------------------- settings
@@ -87,9 +88,21 @@ class Kind(ABC):
         x: torch.Tensor,
         weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
-        tasks: torch.Tensor,
+        ids: torch.Tensor,
+        n_rows: int,
     ) -> torch.Tensor:
-        """`base` plus the update, as one autograd node; without `base`, `F.linear(x, weight, bias)` stands for it."""
+        """`base` plus the update, as one autograd node; without `base`, `F.linear(x, weight, bias)` stands for it.
+
+        Args:
+            layer: the layer.
+            name: the adapter.
+            base: `(b, ..., out)`, or None.
+            x: `(b, ..., in)`.
+            weight: of the base layer, frozen, or None.
+            bias: the same.
+            ids: LongTensor `(n_rows,)`, or `(1,)` for all rows.
+            n_rows: rows of x.
+        """
 
     @abstractmethod
     def add(
@@ -114,15 +127,19 @@ class Kind(ABC):
         """In place, under `no_grad`: one LoRA that all tasks share in each layer, and routers that say nothing."""
 
     @abstractmethod
-    def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:
+    def settings_of_loras(self, ranks: Mapping[str, set[int]], own_weight: Optional[float]) -> dict[str, Any]:
         """`r` and `n_skills` of an adapter made of plain LoRAs; the ranks that each has in its layers, by name.
+
+        `own_weight` is the share that a task's own LoRA starts with; None for the default of the kind.
 
         Raises:
             ValueError: they cannot be one adapter of this kind.
         """
 
     @abstractmethod
-    def take_loras(self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: float) -> None:
+    def take_loras(
+        self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: Optional[float]
+    ) -> None:
         """Fill an adapter with LoRAs `(A (r, in), B (r, out), scale)`, one a task, in the order of the tasks."""
 
     # ------------------------------------------------------------------------------------------------------ its looks

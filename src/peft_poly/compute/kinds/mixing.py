@@ -38,6 +38,10 @@ def mix_A(w: torch.Tensor, A: torch.Tensor, turned: bool = False) -> torch.Tenso
     In memory it is `(g, h * d, r)`, or `(g, r, h * d)` if `turned`.
     """
     h, k, d, r = A.shape
+    if h > 1 and not (turned or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        mixed = A.new_empty(w.shape[0], h, d * r)  # each split is written where it belongs: nothing is moved afterwards
+        torch.bmm(_as(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r), out=mixed.transpose(0, 1))
+        return mixed.view(-1, h * d, r)
     mixed = torch.bmm(_as(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r))
     if turned:
         return mixed.view(h, -1, d, r).permute(1, 3, 0, 2).reshape(-1, r, h * d).contiguous().transpose(1, 2)

@@ -1,12 +1,11 @@
 """The training step of one adapted layer as one autograd node.
 
-    p = sigmoid((z + n) / tau)      w = p / (sum_k p + 1e-12)       (g, h, k)
     A_t, B_t = mix(w, A), mix(w, B)                                 (g, in, r), (g, r, out)
     u = x A_t                                                       (g, m, r)
     y = base + scale * u B_t                                        (g, m, out)
 
-It saves x, u and the routing (w, p), and mixes A_t and B_t again in the backward: what a plain LoRA saves, where plain
-operations would keep a mixed pair per row. Letters as in `mixing`; n is the noise of the relaxed Bernoulli.
+It saves x, u and the weights, and mixes A_t and B_t again in the backward: what a plain LoRA saves, where plain
+operations would keep a mixed pair per row. Letters as in `mixing`.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from __future__ import annotations
 from typing import Any, Optional, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ...router import route
-from ..products import add_in_runs, grad_input, in_runs, scaled_product, to_add_to
+from ..products import add_in_runs, grad_input, in_runs, low_rank_update, scaled_product, to_add_to
 from .mixing import mix_A, mix_B, worth_turning
+from .routed import OwnRouting
+from .second_derivatives import by_plain_operations, wants_a_graph
 
 __all__ = ["PolyUpdate"]
 
@@ -30,7 +29,7 @@ class PolyUpdate(torch.autograd.Function):
 
     With the base product inside the node, its output can be added to in place, and the gradient of x is one sum.
 
-    Not twice differentiable: a second derivative raises.
+    Twice differentiable: where a gradient is to be differentiated again, it is that of plain operations.
     """
 
     @staticmethod
@@ -42,34 +41,40 @@ class PolyUpdate(torch.autograd.Function):
         bias: Optional[torch.Tensor],
         A: torch.Tensor,
         B: torch.Tensor,
-        logits: torch.Tensor,
-        tasks: torch.Tensor,
-        noise: Optional[torch.Tensor],
-        temperature: float,
         scale: float,
+        w: torch.Tensor,
+        own: Optional[OwnRouting] = None,
+        logits: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Shapes: base `(b, ..., out)`, x `(b, ..., in)`, weight `(out, in)`, A `(h, k, d, r)`, B `(h, k, r, o)`,
-        logits `(t, h * k)`, tasks `(g,)` for g equal runs of rows, noise `(g, h, k)`; returns `(b, ..., out)`.
+        w `(g, h, k)` for g equal runs of rows; returns `(b, ..., out)`.
+
+        The gradient of the weights goes to w; or, where the layer was routed by itself, to its logits `(t, h * k)`.
         """
-        w, p = route(logits, tasks, noise, temperature, A.shape[0])
         if base is None and weight is not None:
             y = to_add_to(torch.nn.functional.linear(x, weight, bias), owned=True)
         else:
             y = to_add_to(cast(torch.Tensor, base), owned=False)
-        turned = worth_turning(x, len(tasks))
+        turned = worth_turning(x, len(w))
         u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A, turned), mix_B(w, B), scale)
-        ctx.save_for_backward(x, u, w, p, A, B, weight, tasks)
-        ctx.n_tasks, ctx.logits_dtype = logits.shape[0], logits.dtype
-        ctx.temperature, ctx.scale = 1.0 if noise is None else temperature, scale
+        p, tasks = (None, None) if own is None else (own.p, own.tasks)
+        ctx.save_for_backward(x, u, w, p, A, B, weight, tasks, logits)
+        ctx.own, ctx.scale = own, scale
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
-        """Gradients of x, A, B and logits; those that nobody asked for are not computed."""
-        x, u, w, p, A, B, weight, tasks = ctx.saved_tensors
-        (h, k, d, r), o, g = A.shape, B.shape[-1], len(tasks)
-        needs_x, needs_A, needs_B, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 6))
+        """Gradients of x, A, B and w or logits; those that nobody asked for are not computed."""
+        x, u, w, p, A, B, weight, tasks, logits = ctx.saved_tensors
+        if wants_a_graph():
+
+            def update() -> torch.Tensor:
+                weights = w if logits is None else ctx.own.again(logits)
+                return low_rank_update(x.to(A.dtype), mix_A(weights, A), mix_B(weights, B), ctx.scale)
+
+            return by_plain_operations(ctx, grad, update, x, weight, {4: A, 5: B, 7: w, 9: logits})
+        (h, k, d, r), o, g = A.shape, B.shape[-1], len(w)
+        needs_x, needs_A, needs_B, needs_w, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 7, 9))
         grad_base = grad if ctx.needs_input_grad[0] else None
         grad_runs = in_runs(grad, g)
         grad_y = grad_runs if grad.dtype == B.dtype else grad_runs.to(B.dtype)
@@ -79,8 +84,8 @@ class PolyUpdate(torch.autograd.Function):
         if needs_x:
             grad_x = grad_input(grad_runs, grad_u.transpose(1, 2), mix_A(w, A).transpose(1, 2), weight, x.dtype)
             grad_x = grad_x.view(x.shape)
-        if not (needs_A or needs_B or needs_logits):
-            return grad_base, grad_x, *[None] * 9
+        if not (needs_A or needs_B or needs_w or needs_logits):
+            return grad_base, grad_x, *[None] * 8
         # gradients of the mixed pair, (g, r, in) and (g, r, out), in the skills' layout (h, g, ...)
         mixed_A = torch.bmm(grad_u, in_runs(x, g).to(A.dtype)).view(g, r, h, d).permute(2, 0, 3, 1).reshape(h, g, d * r)
         mixed_B = scaled_product(u.transpose(1, 2), grad_y, ctx.scale)
@@ -88,20 +93,11 @@ class PolyUpdate(torch.autograd.Function):
         weights = (w if w.dtype == A.dtype else w.to(A.dtype)).permute(1, 2, 0)  # (h, k, g)
         grad_A = torch.bmm(weights, mixed_A).view(A.shape) if needs_A else None
         grad_B = torch.bmm(weights, mixed_B).view(B.shape) if needs_B else None
-        grad_logits = None
-        if needs_logits:
+        grad_w, grad_logits = None, None
+        if needs_w or needs_logits:
             grad_w = torch.bmm(mixed_A, A.reshape(h, k, d * r).transpose(1, 2))
             grad_w.baddbmm_(mixed_B, B.reshape(h, k, r * o).transpose(1, 2))
-            grad_z = grad_route(grad_w.transpose(0, 1).to(w.dtype), w, p)
-            if ctx.temperature != 1.0:
-                grad_z = grad_z / ctx.temperature
-            scatter = torch.ops.aten.embedding_dense_backward  # deterministic on a GPU too
-            grad_logits = scatter(grad_z.reshape(g, h * k), tasks, ctx.n_tasks, -1, False).to(ctx.logits_dtype)
-        return grad_base, grad_x, None, None, grad_A, grad_B, grad_logits, None, None, None, None
-
-
-def grad_route(grad_w: torch.Tensor, w: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """The gradient of the logits from that of w: `w (grad_w - sum_k grad_w w) (1 - p)`, `(g, h, k)`."""
-    grad = w * grad_w
-    grad.addcmul_(w, grad.sum(dim=-1, keepdim=True), value=-1)
-    return grad.addcmul_(grad, p, value=-1)
+            grad_w = grad_w.transpose(0, 1).to(w.dtype)
+        if needs_logits:
+            grad_logits, grad_w = ctx.own.grad_logits(grad_w, w, p, tasks, logits), None
+        return grad_base, grad_x, None, None, grad_A, grad_B, None, grad_w, None, grad_logits

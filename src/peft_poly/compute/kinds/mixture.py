@@ -11,19 +11,23 @@ import torch
 from torch import nn
 
 from ...config import PolyConfig
-from ...router import PolyRouter, normalise, route
-from ...tasks.context import TaskBatch, kept_in_generation
+from ...router import PolyRouter, normalise
+from ...tasks.batch import TaskBatch, kept_in_generation
 from ...tasks.grouping import Rows, ungrouped_rows
 from ..adapted import Adapted
-from ..parts import FIRST_TASK, router_of, row_tasks, tensors_of
+from ..keeping.kept import Kept, Origin, Products, Shortcut
+from ..keeping.serving import Serving
+from ..onloading import is_offloaded
+from ..parts import FIRST_TASK, ids_of_rows, row_tasks, tensors_of
 from ..products import low_rank_update
-from .kept import Kept, Origin, Products, Shortcut
 from .kind import Kind
 from .mixing import add_update, cheaper_together, mix_A, mix_B, mix_one, worth_turning
 from .mixing_node import PolyUpdate
-from .serving import Serving
+from .routed import routed_for_backward, routed_without
 
 __all__ = ["Mixture", "own_skill_logit"]
+
+OWN_WEIGHT = 0.99  # of a task's own skill, in an adapter made of LoRAs
 
 ONE_TASK = Rows(FIRST_TASK, key=(0,))  # of an adapter that has no other
 
@@ -36,7 +40,8 @@ class Mixture(Kind):
     n_splits = 1
     tags = ("polytropon",)
     unit = "skill"
-    router_lr = 0.1
+    weight = "weight"
+    weights = "mixing weights"
     centre = None
 
     # ------------------------------------------------------------------------------------------------------- settings
@@ -81,14 +86,14 @@ class Mixture(Kind):
         x: torch.Tensor,
         weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
-        tasks: torch.Tensor,
+        ids: torch.Tensor,
+        n_rows: int,
     ) -> torch.Tensor:
         """See `PolyUpdate`."""
         A, B, logits = tensors_of(layer, name)
-        router = router_of(layer, name)
-        noise = router.noise_for(tasks)
+        w, own = routed_for_backward(layer, name, logits, ids, n_rows)
         return PolyUpdate.apply(
-            base, x, weight, bias, A, B, logits, tasks, noise, router.temperature, layer.scaling[name]
+            base, x, weight, bias, A, B, layer.scaling[name], w, own, None if own is None else logits
         )
 
     def add(
@@ -125,7 +130,7 @@ class Mixture(Kind):
                 router.n_skills = 1
             layer.n_skills[name] = 1
 
-    def settings_of_loras(self, ranks: Mapping[str, set[int]]) -> dict[str, Any]:
+    def settings_of_loras(self, ranks: Mapping[str, set[int]], own_weight: Optional[float]) -> dict[str, Any]:
         """Each LoRA is a skill, and skills have one rank."""
         found = sorted((rank, name) for name, of_lora in ranks.items() for rank in of_lora)
         if len({rank for rank, _ in found}) > 1:
@@ -133,7 +138,9 @@ class Mixture(Kind):
             raise ValueError(f"All LoRAs must have one rank in all layers, but these have: {listed}.")
         return {"r": found[0][0], "n_skills": len(ranks)}
 
-    def take_loras(self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: float) -> None:
+    def take_loras(
+        self, layer: Adapted, name: str, pairs: Sequence[tuple[Any, Any, float]], own_weight: Optional[float]
+    ) -> None:
         """LoRA i is skill i, on which task i starts with `own_weight` of its mix."""
         h, k, d, r = layer.poly_lora_A[name].shape
         for skill, (A, B, scale) in enumerate(pairs):
@@ -141,7 +148,7 @@ class Mixture(Kind):
             layer.poly_lora_A[name][:, skill] = A.T.reshape(h, d, r)
             layer.poly_lora_B[name][:, skill] = B.T.reshape(r, h, -1).transpose(0, 1)
         router: Any = layer.poly_router[name]
-        logit = own_skill_logit(own_weight, k)
+        logit = own_skill_logit(OWN_WEIGHT if own_weight is None else own_weight, k)
         own = torch.eye(k, dtype=torch.bool, device=router.module_logits.device).repeat(1, h)
         router.module_logits.copy_(torch.where(own, logit, -logit))
 
@@ -185,17 +192,18 @@ def pairs_of_rows(
     rows = None
     if not layer.training:
         rows = ONE_TASK if batch is None else batch.grouped(name, n_rows, x.device, layer.layer_name)
-        if store is not None and rows.key is not None:
+        if store is not None and rows.key is not None and not is_offloaded(layer._modules["poly_lora_A"]):
             return _served(layer, name, batch, rows, x, kept, store)
         if kept is None and rows.index is not None and not cheaper_together(rows, x, layer.r[name]):
             rows = None
+    ids = ids_of_rows(layer, batch, name, n_rows)
     if rows is None:
-        rows = ungrouped_rows(row_tasks(layer, name, batch, n_rows).to(x.device, non_blocking=True))
+        rows = ungrouped_rows(row_tasks(layer, name, ids, n_rows).to(x.device, non_blocking=True))
     if kept is None:
-        return rows, *mixed(layer, name, rows.tasks, x)
+        return rows, *mixed(layer, name, rows.tasks, x, ids)
     entry, tensors = kept.get((layer, name)), tensors_of(layer, name)
     if entry is None or not entry.holds(batch, rows.tasks, tensors):
-        entry = kept[layer, name] = Kept(batch, rows.tasks, tensors, mixed(layer, name, rows.tasks, x))
+        entry = kept[layer, name] = Kept(batch, rows.tasks, tensors, mixed(layer, name, rows.tasks, x, ids))
     elif Shortcut.fits(layer, name, x):  # not the first token: there will be more
         kept[layer] = Shortcut(layer, name, x, batch, None, entry.origin, entry.values, _products(rows))
     return rows, *entry.values
@@ -214,7 +222,7 @@ def _served(
     if rows.index is not None and not cheaper_together(rows, x, layer.r[name]):
         rows = rows.one_by_one()
     tensors = tensors_of(layer, name)
-    pair = store.pairs(layer, name, rows, tensors, lambda tasks: mixed(layer, name, tasks, x))
+    pair = store.pairs(layer, name, rows, tensors, lambda tasks: mixed(layer, name, tasks, x, tasks))
     origin = Origin(tensors)
     if origin.lasting and Shortcut.fits(layer, name, x):
         place = store.shortcuts if kept is None else kept
@@ -238,15 +246,14 @@ def _products(rows: Rows) -> Products:
     return products
 
 
-def mixed(layer: Adapted, name: str, tasks: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Mixture.pair` for tasks `(g,)`, without autograd or autocast; one is `(in, r)`, `(r, out)`."""
+def mixed(
+    layer: Adapted, name: str, tasks: torch.Tensor, x: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Mixture.pair` for tasks `(g,)`, made of the batch's ids, without autograd or autocast; of one task `(in, r)` and
+    `(r, out)`.
+    """
     A, B, logits = tensors_of(layer, name)
-    router = router_of(layer, name)
-    weights, w = layer.task_context.weights, None
-    if weights is not None and not router.samples:
-        w = weights.of(logits, name, tasks)
-    if w is None:
-        w = route(logits, tasks, router.noise_for(tasks), router.temperature, A.shape[0])[0]
+    w = routed_without(layer, name, logits, ids, tasks)
     if w.shape[0] == 1:
         return mix_one(w, A, B)
     return mix_A(w, A, worth_turning(x, w.shape[0])), mix_B(w, B)

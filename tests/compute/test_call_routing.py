@@ -11,7 +11,8 @@ from adapters import poly, spread
 from tiny import CASES, TASKS
 
 from peft_poly import PolyLayer
-from peft_poly.compute.call_weights import KINDS, SMALL, CallWeights
+from peft_poly.compute.call_routing import KINDS, SMALL, CallRouting, CallWeights
+from peft_poly.tasks.batch import TaskBatch
 
 
 def make_model(case: str = "llama", **settings):
@@ -52,7 +53,7 @@ def test_they_are_the_routers_own(dtype, granularity, n_tasks):
     weights = CallWeights(layers_of(model))
     with torch.no_grad():
         for layer in layers_of(model):
-            w = weights.of(logits_of(layer), "default", tasks)
+            w = weights.of(layer.poly_router["default"], "default", tasks)
             torch.testing.assert_close(w, layer.poly_router["default"](tasks))
 
 
@@ -95,12 +96,12 @@ def test_a_change_within_a_call_is_seen_too(how):
     layer = layers_of(make_model())[0]
     tasks, weights = torch.tensor([0, 2]), CallWeights([layer])
     with torch.no_grad():
-        assert weights.of(logits_of(layer), "default", tasks) is not None
+        assert weights.of(layer.poly_router["default"], "default", tasks) is not None
         if how == "write":
             logits_of(layer).mul_(2)
         else:
             logits_of(layer).data = logits_of(layer).data * 2
-        assert weights.of(logits_of(layer), "default", tasks) is None
+        assert weights.of(layer.poly_router["default"], "default", tasks) is None
 
 
 def test_routers_that_are_not_at_hand_are_left_to_their_layers():
@@ -112,16 +113,16 @@ def test_routers_that_are_not_at_hand_are_left_to_their_layers():
     tasks, weights = torch.tensor([0, 2]), CallWeights(layers[:4])
     with torch.no_grad():
         for layer in (away, freed, other):
-            assert weights.of(logits_of(layer), "default", tasks) is None
-        assert weights.of(logits_of(plain), "default", tasks) is not None
-        assert weights.of(logits_of(layers[4]), "default", tasks) is None  # not one of the model's
+            assert weights.of(layer.poly_router["default"], "default", tasks) is None
+        assert weights.of(plain.poly_router["default"], "default", tasks) is not None
+        assert weights.of(layers[4].poly_router["default"], "default", tasks) is None  # not one of the model's
 
 
 def test_no_more_kinds_are_held_than_a_call_can_have():
     layer = layers_of(make_model())[0]
     weights, kinds = CallWeights([layer]), [torch.tensor([i % 3]) for i in range(KINDS + 1)]
     with torch.no_grad():
-        found = [weights.of(logits_of(layer), "default", tasks) for tasks in kinds]
+        found = [weights.of(layer.poly_router["default"], "default", tasks) for tasks in kinds]
     assert [w is None for w in found] == [False] * KINDS + [True]
 
 
@@ -160,3 +161,138 @@ def test_an_adapter_that_comes_later_has_them_too(worked_out):
 
 class Tagged(torch.Tensor):
     """A tensor that is not a plain one."""
+
+
+# ------------------------------------------------------------------------------------------- with gradients or draws
+SETTINGS = {
+    "poly": {},
+    "mhr": {"n_splits": 2},
+    "no noise": {"router_noise": False},
+    "temperature": {"router_temperature": 0.5},
+    "block": {"router_granularity": "block"},
+    "model": {"router_granularity": "model", "router_noise": False},
+    "gates": {"poly_type": "gates"},
+}
+
+
+def training_model(case="llama", **settings):
+    return spread(peft.get_peft_model(CASES[case].make(), poly(case, **settings))).train()
+
+
+def step(model, ids, case="llama", seed=3):
+    """Outputs and gradients of a training step."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    out = model(**CASES[case].inputs(rows=4), task_ids=ids)
+    out = getattr(out, "logits", out)
+    out.logsumexp(dim=-1).sum().backward()
+    return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def each_by_itself(monkeypatch):
+    """Have layers route by themselves, as they do where the call cannot."""
+    return lambda: monkeypatch.setattr(CallRouting, "_route", lambda *args: None)
+
+
+@pytest.mark.parametrize("ids", [[2, 0, 1, 2], [1, 1, 1, 1], 2], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_step_is_that_of_layers_that_route_by_themselves(settings, ids, each_by_itself):
+    model = training_model(**settings)
+    out, gradients = step(model, ids)
+    each_by_itself()
+    wanted, each = step(model, ids)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == each.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, each[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_splits": 2}, {"router_temperature": 0.5}], ids=str)
+def test_in_module_order_the_draws_of_a_seed_are_those_of_the_layers_one_after_the_other(settings):
+    model, wanted = training_model(**settings), []
+    torch.manual_seed(5)
+    for layer in layers_of(model):
+        router = layer.poly_router["default"]
+        wanted.append(router(torch.tensor([2, 0, 1])))
+    torch.manual_seed(5)
+    routing = CallRouting(layers_of(model), ["default"], batch_of([2, 0, 1]), 3)
+    for layer, w in zip(layers_of(model), wanted, strict=True):
+        share = routing._shares[layer, "default"]
+        torch.testing.assert_close(share.w, w, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(share.stored, w, rtol=1e-6, atol=1e-6)
+
+
+def batch_of(ids):
+    tensor = torch.tensor(ids)
+    return TaskBatch(ids, {"default": tensor}, {"default": False})
+
+
+def test_a_layer_that_is_not_called_leaves_its_router_without_gradient():
+    model = training_model("mlp")
+    skipped = layers_of(model)[1]
+    inner = model.get_base_model()
+    inner.forward = lambda x: inner.lin0(x)
+    model(x=CASES["mlp"].inputs()["x"], task_ids=[0, 1, 2]).sum().backward()
+    assert logits_of(skipped).grad is None
+    assert logits_of(layers_of(model)[0]).grad is not None
+
+
+def test_frozen_routers_get_no_gradient_and_skills_do():
+    model = training_model()
+    for layer in layers_of(model):
+        layer.poly_router.requires_grad_(False)
+    _, gradients = step(model, [0, 1, 2, 0])
+    assert gradients
+    assert not [name for name in gradients if "router" in name]
+
+
+def test_a_router_that_changes_within_the_call_is_routed_anew():
+    model = training_model("mlp", router_noise=False)
+    _, second = layers_of(model)
+    x, ids = CASES["mlp"].inputs()["x"], [0, 1, 2]
+
+    def change(module, args):
+        logits_of(second).data.mul_(-3)
+        with torch.no_grad():
+            logits_of(second).add_(0)
+
+    handle = second.register_forward_pre_hook(change)
+    changed = model(x=x, task_ids=ids)
+    handle.remove()
+    torch.testing.assert_close(changed, model(x=x, task_ids=ids))
+
+
+def test_a_layer_with_other_rows_routes_by_itself():
+    model = training_model("mlp", router_noise=False)
+    inner, x = model.get_base_model(), CASES["mlp"].inputs(rows=6)["x"]
+    forward = inner.forward
+    inner.forward = lambda x: forward(x).reshape(3, 10, 4)
+    wanted = model(x=x, task_ids=1)
+    for row in range(6):
+        alone = forward_alone(model, x[row : row + 1])
+        torch.testing.assert_close(wanted.reshape(6, 5, 4)[row], alone)
+
+
+def forward_alone(model, x):
+    merged = copy.deepcopy(model).eval()
+    merged.get_base_model().__dict__.pop("forward")
+    with torch.no_grad():
+        return merged(x=x, task_ids=1)[0]
+
+
+def test_two_adapters_of_two_kinds_are_each_routed():
+    model = training_model("mlp", router_noise=False)
+    model.add_adapter("gated", poly("mlp", poly_type="gates"))
+    model.base_model.set_adapter(["default", "gated"])
+    spread(model)
+    out = model(x=CASES["mlp"].inputs()["x"], task_ids=[2, 0, 1])
+    out.sum().backward()
+    assert all(
+        layer.poly_router[name].module_logits.grad is not None
+        for layer in layers_of(model)
+        for name in layer.poly_router
+    )
+    for row, task in enumerate((2, 0, 1)):
+        dense = copy.deepcopy(model).eval().merge_and_unload(task=task)
+        torch.testing.assert_close(dense(CASES["mlp"].inputs()["x"][row]), out[row], rtol=1e-4, atol=1e-5)

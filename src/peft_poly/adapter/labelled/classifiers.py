@@ -19,8 +19,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import PolyConfig
-from ..labels import TaskLabels
+from ...config import PolyConfig
+from ...labels import TaskLabels
+from ...tasks.context import TaskContext
 from .heads import TaskHeads
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "named_heads",
     "replace_heads",
     "reserve_layers",
+    "tell_heads",
     "train_shared_layers",
 ]
 
@@ -82,6 +84,13 @@ def install_heads(model: nn.Module, config: PolyConfig, adapter_name: str) -> bo
     else:
         copies[adapter_name] = heads
     return True
+
+
+def tell_heads(model: nn.Module, context: Optional[TaskContext]) -> None:
+    """Have all heads in a model, of its config and of one's own, know the tasks of its calls."""
+    for module in model.modules():
+        if _is_heads(module):
+            module.task_context = context  # type: ignore[assignment]
 
 
 def active_heads(model: nn.Module) -> Optional[TaskHeads]:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..config import PolyConfig
-from ..labels import TaskLabels, read_task_labels
-from ..tasks.context import TaskContext, entered_context
-from ..tasks.ids import TaskIds, resolve_tasks
+from ...config import PolyConfig
+from ...labels import TaskLabels, read_task_labels
+from ...tasks.context import TaskContext, entered_context
+from ...tasks.ids import TaskIds, resolve_tasks, unknown_message
+from ...tasks.transforms import is_symbolic
 
 __all__ = ["TaskHeads"]
 
@@ -23,9 +24,9 @@ __all__ = ["TaskHeads"]
 class TaskHeads(nn.Module):
     """A linear layer per task: `y = x W_t^T + b_t` for the task `t` of each row.
 
-    In a model of your own put it where the last layer would be, call it as one, and name it in `modules_to_save`: it
-    finds which task each row has from the adapter around it. `PolyConfig(task_labels=...)` does it for models of
-    transformers.
+    In a model of your own put it where the last layer would be, call it as one, and name it in `modules_to_save`: the
+    adapter that is put into the model tells it which task each row has. `PolyConfig(task_labels=...)` does it for
+    models of transformers.
 
     Args:
         in_features: features `d` of its input.
@@ -64,11 +65,8 @@ class TaskHeads(nn.Module):
         super().__init__()
         self.in_features, self.has_bias, self.adapter_name = in_features, bias, adapter_name
         self.labels: dict[str, TaskLabels] = {}
-        self._context: Optional[TaskContext] = None
+        self.task_context: Optional[TaskContext] = None  # of the adapted model that it is part of
         self.add(read_task_labels(task_labels, tuple(task_labels)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_context": None}  # that of a copy is another, or, for PEFT's, not there yet
 
     @property
     def width(self) -> int:
@@ -90,7 +88,7 @@ class TaskHeads(nn.Module):
             ValueError: no task is known, one has no head, or the ids do not fit the rows.
         """
         heads = self.heads_of_rows(x.shape[0], task_ids)
-        known = heads.device.type == "cpu" and not torch.compiler.is_compiling()
+        known = heads.device.type == "cpu" and not (torch.compiler.is_compiling() or is_symbolic(heads))
         asked = sorted(set(heads.tolist())) if known and not _takes_part_in_reduction(self) else None
         weight, bias = self._stacked(range(len(self.labels)) if asked is None else asked)
         x = x.to(weight.dtype)
@@ -128,9 +126,7 @@ class TaskHeads(nn.Module):
         names = list(self.labels)
         if task_ids is not None:
             return resolve_tasks(task_ids, PolyConfig(task_names=names), n_rows=n_rows)[0]
-        context = entered_context() or self._context
-        if not torch.compiler.is_compiling():
-            self._context = context  # a recomputation in a backward has none that is entered
+        context = self.task_context or entered_context()
         adapter = None if context is None else self.adapter_name or _active_adapter(context)
         if context is None or adapter is None:
             raise ValueError(
@@ -141,13 +137,16 @@ class TaskHeads(nn.Module):
         config = context.configs[adapter]
         if config.task_names is None or config.task_names == names:
             return ids
-        places = torch.tensor([names.index(name) if name in names else -1 for name in config.task_names])
+        beyond = len(names)  # where no head is
+        places = torch.tensor([names.index(name) if name in names else beyond for name in config.task_names])
         heads = places.to(ids.device)[ids]
         message = f"A row has a task that has no head here. There are heads for: {', '.join(names)}."
+        if is_symbolic(heads):  # the look-up of its weight checks it
+            return heads
         if torch.compiler.is_compiling() or ids.device.type != "cpu":
-            torch._assert_async((heads >= 0).all(), message)
-        elif bool((heads < 0).any()):
-            missing = config.task_names[int(ids[heads < 0][0])]
+            torch._assert_async((heads < beyond).all(), message)
+        elif bool((heads == beyond).any()):
+            missing = config.task_names[int(ids[heads == beyond][0])]
             raise ValueError(f"{message} Task {missing!r} of adapter {adapter!r} has none.")
         return heads
 
@@ -222,6 +221,11 @@ def _tasks_of_rows(context: TaskContext, adapter: str, n_rows: int) -> torch.Ten
     if adapter in context.merged:
         return torch.tensor([context.merged[adapter]])
     batch = context.of_call(None, [adapter], None)
+    if batch is not None and adapter in batch.unknown:
+        raise ValueError(
+            f"{unknown_message(batch.unknown[adapter], context.configs[adapter], adapter)} `unknown_task='mean'` has a "
+            "row for it, but no head."
+        )
     return torch.tensor([0]) if batch is None else batch.rows(adapter, n_rows, "the heads")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ...tasks.context import kept_in_generation
+from ...tasks.batch import kept_in_generation
 from ..adapted import Adapted
 from ..base_layers import PLAIN_TENSORS, is_watched
 

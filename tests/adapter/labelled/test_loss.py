@@ -7,7 +7,7 @@ import torch
 from labelled import LABELS, NAMES, TARGETS, naive_losses, targets
 
 from peft_poly import TaskHeads
-from peft_poly.adapter.label_loss import label_loss
+from peft_poly.adapter.labelled.loss import label_loss
 
 WEIGHTED = {
     **LABELS,

@@ -16,9 +16,9 @@ from torch import nn
 
 import peft_poly
 from peft_poly import PolyLayer
+from peft_poly.compute.keeping.kept import Kept, Shortcut
 from peft_poly.compute.kinds import mixture
-from peft_poly.compute.kinds.kept import Kept, Shortcut
-from peft_poly.tasks.context import kept_in_generation
+from peft_poly.tasks.batch import kept_in_generation
 
 NEW = 5
 MODES = {

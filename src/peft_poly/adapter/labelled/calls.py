@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .classifiers import active_heads
-from .label_loss import label_loss
+from .loss import label_loss
 
 __all__ = ["LabelledCalls"]
 

@@ -36,7 +36,7 @@ def logits(model, ids, rows=3, case="llama", **inputs):
 def mixes(monkeypatch):
     """How many tasks were mixed at each time."""
     sizes, mixed = [], mixture.mixed
-    noting = lambda layer, name, tasks, x: (sizes.append(len(tasks)), mixed(layer, name, tasks, x))[1]  # noqa: E731
+    noting = lambda layer, name, tasks, x, ids: (sizes.append(len(tasks)), mixed(layer, name, tasks, x, ids))[1]  # noqa: E731
     monkeypatch.setattr(mixture, "mixed", noting)
     return sizes
 

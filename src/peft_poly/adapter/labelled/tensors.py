@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..labels import UNLABELLED, TaskLabels
+from ...labels import UNLABELLED, TaskLabels
 
 __all__ = ["LabelTable", "check_labels", "label_cells", "places_labelled"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from labelled import LABELS, NAMES, targets
 
-from peft_poly.adapter.label_tensors import LabelTable, check_labels, label_cells, places_labelled
+from peft_poly.adapter.labelled.tensors import LabelTable, check_labels, label_cells, places_labelled
 from peft_poly.labels import read_task_labels
 
 TABLE = LabelTable(read_task_labels(LABELS, NAMES), 4, "cpu")

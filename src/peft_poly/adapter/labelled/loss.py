@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from .heads import TaskHeads
-from .label_tensors import LabelTable, check_labels, label_cells
+from .tensors import LabelTable, check_labels, label_cells
 
 __all__ = ["label_loss"]
 

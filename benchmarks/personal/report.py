@@ -1,0 +1,189 @@
+"""From results to tables, a verdict in words, and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..quality.rates import Rates
+from ..quality.statistics import Interval, bootstrap, mean_and_error
+from .lines import LINES, REFERENCE, RIVALS, ROUTED, WAYS
+from .plan import Plan, Result, Unit
+
+__all__ = ["against", "case_table", "new_table", "plot", "tuning_table", "verdict"]
+
+SETTINGS = ("numbers that learn", "rate", "router", "steps", "seeds")  # columns that are no results
+Table = list[dict[str, Any]]
+Scores = dict[int, dict[str, Result]]  # by seed and task
+
+
+def many(plan: Plan, case: str) -> dict[str, tuple[Unit, Scores]]:
+    """Results of each line of a case that has a seed done, in the order of the lines."""
+    return _found(plan, "many", case, 0)
+
+
+def new(plan: Plan, case: str, shots: int) -> dict[str, tuple[Unit, Scores]]:
+    """The same of each way to meet a new task; without a verb it is the same for all numbers of rows."""
+    return {
+        way: found
+        for number in {plan.settings.shots[0], shots}
+        for way, found in _found(plan, "new", case, number).items()
+        if number == shots or not WAYS[way].verb
+    }
+
+
+def _found(plan: Plan, stage: str, case: str, shots: int) -> dict[str, tuple[Unit, Scores]]:
+    found: dict[str, tuple[Unit, Scores]] = {}
+    for slot in plan.slots:
+        if (slot.stage, slot.case, slot.shots) != (stage, case, shots):
+            continue
+        unit = plan.unit(slot)
+        if unit is not None and unit in plan.store.done:
+            _, scores = found.setdefault(slot.line, (unit, {}))
+            scores[unit.seed] = {result.task: result for result in plan.store.done[unit]}
+    order = list(LINES) + list(WAYS)
+    return dict(sorted(found.items(), key=lambda pair: order.index(pair[0])))
+
+
+def by_task(scores: Scores, what: str, seeds: set[int]) -> dict[str, float]:
+    """The mean over seeds for each task; tasks that have none are left out."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for seed in seeds:
+        for task, result in scores[seed].items():
+            value = getattr(result, what)
+            if not math.isnan(value):
+                values[task].append(value)
+    return {task: fmean(of_task) for task, of_task in values.items()}
+
+
+def against(one: Scores, other: Scores, what: str = "accuracy") -> Interval:
+    """Paired difference over the seeds that both have, with an interval over the tasks."""
+    seeds = one.keys() & other.keys()
+    a, b = by_task(one, what, set(seeds)), by_task(other, what, set(seeds))
+    return bootstrap([a[task] - b[task] for task in sorted(a.keys() & b.keys())])
+
+
+def case_table(plan: Plan, case: str) -> Table:
+    """A line each: size, settings, accuracy and area, and what it is ahead of the three rivals."""
+    found, rows = many(plan, case), []
+    for line, (unit, scores) in found.items():
+        row = {"method": line, **_settings(unit, scores), "accuracy": _mean(scores, "accuracy")}
+        if not math.isnan(_value(scores, "auc")):
+            row["AUC"] = _mean(scores, "auc")
+        for rival in RIVALS:
+            row[f"less {rival}"] = _shown(against(scores, found[rival][1])) if rival in found and rival != line else ""
+        rows.append(row)
+    return rows
+
+
+def new_table(plan: Plan, case: str) -> Table:
+    """A way each: accuracy from each number of rows, and the last one less the shared LoRA, trained on."""
+    shots, reference = plan.settings.shots, "shared LoRA, trained on"
+    by_shots = {number: new(plan, case, number) for number in shots}
+    rows = []
+    for way in WAYS:
+        if way not in by_shots[shots[0]]:
+            continue
+        unit, scores = by_shots[shots[0]][way]
+        row: dict[str, Any] = {"way": way, **_settings(unit, scores)}
+        for number in shots:
+            found = by_shots[number]
+            row[f"{number} rows"] = _mean(found[way][1], "accuracy") if way in found else ""
+        last = by_shots[shots[-1]]
+        both = way in last and reference in last and way != reference
+        row[f"less {reference}"] = _shown(against(last[way][1], last[reference][1])) if both else ""
+        rows.append(row)
+    return rows
+
+
+def tuning_table(plan: Plan, case: str) -> Table:
+    """Accuracy on held-out training rows of every setting at its best number of steps; the chosen one in bold."""
+    rows = []
+    for line in plan.lines(case):
+        chosen, cells = plan.chosen(case, line), []
+        for slot in (slot for slot in plan.slots if (slot.stage, slot.case, slot.line) == ("tune", case, line)):
+            unit = plan.unit(slot)
+            if unit is None or unit not in plan.store.done:
+                continue
+            best = max(plan.store.done[unit], key=lambda result: (result.accuracy, -result.loss))
+            rates = Rates.parse(unit.rates)
+            text = f"{rates.lr:g}{f', router {rates.router_lr:g}' if rates.router_lr else ''}, {best.task} steps"
+            text += f": {best.accuracy:.1f}"
+            cells.append(f"**{text}**" if chosen == (rates, int(best.task)) else text)
+        if cells:
+            rows.append({"line": line, "settings and held-out accuracy": "; ".join(cells)})
+    return rows
+
+
+def verdict(plan: Plan, case: str) -> str:
+    """One sentence: is the best routed line ahead of each rival by more than two standard errors?"""
+    found = many(plan, case)
+    routed = [line for line in ROUTED if line in found]
+    if not routed or any(rival not in found for rival in RIVALS):
+        return f"{case}: not all lines are done."
+    best = max(routed, key=lambda line: _value(found[line][1], "accuracy"))
+    ahead = {rival: against(found[best][1], found[rival][1]) for rival in RIVALS}
+    level = [rival for rival, of in ahead.items() if of.mean <= 2 * of.error]
+    figures = ", ".join(f"{of.mean:+.1f} ± {of.error:.1f} against {rival}" for rival, of in ahead.items())
+    if level:
+        return f"{case}: {best} is not ahead of {' nor of '.join(level)} by two standard errors ({figures})."
+    return f"{case}: {best} is ahead of all three rivals by more than two standard errors ({figures})."
+
+
+def _settings(unit: Unit, scores: Scores) -> dict[str, str]:
+    rates, size = Rates.parse(unit.rates), next(iter(next(iter(scores.values())).values())).parameters
+    return {
+        "numbers that learn": f"{size:,}" if size else "",
+        "rate": f"{rates.lr:g}" if rates.lr else "",
+        "router": f"{rates.router_lr:g}" if rates.router_lr else "",
+        "steps": str(unit.steps or ""),
+        "seeds": str(len(scores)),
+    }
+
+
+def _value(scores: Scores, what: str) -> float:
+    values = by_task(scores, what, set(scores))
+    return fmean(values.values()) if values else math.nan
+
+
+def _mean(scores: Scores, what: str) -> str:
+    """Mean over the tasks, and its standard error over the seeds."""
+    mean, error = mean_and_error([_value({seed: of}, what) for seed, of in scores.items()])
+    return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
+
+
+def _shown(of: Interval) -> str:
+    return f"{of.mean:+.1f} [{of.low:+.1f}, {of.high:+.1f}]"
+
+
+def plot(plan: Plan, path: Path) -> None:
+    """Accuracy of each line of each case less that of the shared LoRA, with the intervals over tasks."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    cases = {case: found for case in plan.settings.cases if REFERENCE in (found := many(plan, case))}
+    if not cases:
+        return
+    heights = [len(found) for found in cases.values()]
+    size = (7.5, 1.2 + 0.32 * sum(heights))
+    figure, all_axes = plt.subplots(len(cases), 1, figsize=size, layout="constrained", height_ratios=heights,
+                                    squeeze=False)  # fmt: skip
+    for axes, (case, found) in zip(all_axes[:, 0], cases.items(), strict=True):
+        for place, (line, (_, scores)) in enumerate(found.items()):
+            of = against(scores, found[REFERENCE][1])
+            colour = "#1d4ed8" if line in ROUTED else "#6b7280"
+            axes.errorbar(
+                of.mean, place, xerr=[[of.mean - of.low], [of.high - of.mean]], fmt="o", color=colour, capsize=3
+            )
+        axes.axvline(0, color="#9ca3af", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(found)), list(found), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{case}: accuracy less that of {REFERENCE}, points, 95 % over tasks")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

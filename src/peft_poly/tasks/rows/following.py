@@ -1,0 +1,164 @@
+"""Follows the rows of a call through its operations, once, to know where in a layer's input they are.
+
+A shape cannot tell: two images of one row, four tokens of four rows, a token that an expert got of each. So the
+operations of one real call are watched (nothing is computed twice). One number is noted for each storage: how far
+apart in memory the rows lie. It holds for every view of it. A dimension of that stride, with as many entries as there
+are rows, is that of the rows; with `m` times as many at an `m`-th of the stride, each row has `m` of them, one after
+the other (choices, windows, flattened tokens). Other operations keep the place of the first input that has one, if the
+sizes say that they can. What stems from no row (a table of positions, images beside text), or was
+picked by a condition (the tokens of an expert), has no place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Following"]
+
+Place = tuple[int, int]  # dimension of the rows, and how many entries of it each row has
+LEFT = ("embedding",)  # operations that append dimensions; others put new ones in front
+FILLED = ("zeros", "ones", "full")
+MADE_ANEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "dot": (0, 1), "mv": (0, 1)}  # where the two factors are
+
+
+class Following(TorchDispatchMode):
+    """Context manager that watches the operations of a call.
+
+    Args:
+        n_rows: number of rows of the call, at least 2.
+        alone: all that the call was given has these rows. What is filled with one number for as many rows, such as the
+            first tokens of a decoder, is then taken to be theirs, where nothing tells otherwise.
+    """
+
+    def __init__(self, n_rows: int, alone: bool = False) -> None:
+        super().__init__()
+        self.n_rows, self.alone = n_rows, alone
+        self._steps: dict[int, tuple[StorageWeakRef, int]] = {}  # by storage: bytes from row to row
+        self._filled: set[int] = set()  # those storages that stem from no row
+
+    def start(self, tensor: torch.Tensor) -> None:
+        """Note a tensor whose first dimension is that of the rows, or has some entries for each."""
+        if tensor.dim() and tensor.shape[0] and tensor.shape[0] % self.n_rows == 0 and tensor.stride(0):
+            self._note(tensor, (0, tensor.shape[0] // self.n_rows))
+
+    def place(self, tensor: torch.Tensor) -> Optional[Place]:
+        """Where the rows are in a tensor; None if nowhere, or if nothing is known of it."""
+        found = self._steps.get(_storage(tensor), None)
+        if found is None:
+            return None
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if size and size % self.n_rows == 0 and stride * tensor.itemsize * (size // self.n_rows) == found[1]:
+                return dim, size // self.n_rows
+        return None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name.startswith("aten::") and func._can_decompose():
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        places = [(tensor, place) for tensor in flat if (place := self.place(tensor)) is not None]
+        places.sort(key=lambda found: _storage(found[0]) in self._filled)
+        filled = bool(places) and _storage(places[0][0]) in self._filled
+        made = func(*args, **kwargs)
+        name = func._schema.name.split("::")[1]
+        if not flat and self.alone and name in FILLED and made.dim() > 1 and made.shape[0] == self.n_rows:
+            self._note(made, (0, 1), filled=True)
+        elif places and name == "index":
+            self._note_indexed(args[0], args[1], made)
+        elif places and torch.Tag.dynamic_output_shape not in func.tags:
+            for tensor in pytree.tree_leaves(made):
+                if isinstance(tensor, torch.Tensor) and self._is_new(tensor, filled):
+                    place = self._place_after(func, args, kwargs, places, tensor)
+                    if place is not None:
+                        self._note(tensor, place, filled)
+        return made
+
+    def _is_new(self, tensor: torch.Tensor, filled: bool) -> bool:
+        key = _storage(tensor)
+        return key not in self._steps or (key in self._filled and not filled)
+
+    def _note(self, tensor: torch.Tensor, place: Place, filled: bool = False) -> None:
+        dim, each = place
+        key, step = _storage(tensor), tensor.stride(dim) * tensor.itemsize * each
+        if key and step:
+            self._steps[key] = (StorageWeakRef(tensor.untyped_storage()), step)
+            (self._filled.add if filled else self._filled.discard)(key)
+
+    def _place_after(
+        self, func: Any, args: tuple, kwargs: dict, places: list[tuple[torch.Tensor, Place]], out: torch.Tensor
+    ) -> Optional[Place]:
+        name = func._schema.name.split("::")[1].rstrip("_")
+        for tensor, (dim, each) in places:
+            if name in MADE_ANEW and out.shape != tensor.shape:
+                continue
+            if name in PRODUCTS:
+                kept = [args[at] is tensor and dim == side for side, at in enumerate(PRODUCTS[name])]
+                if any(kept) and dim < out.dim() and out.shape[dim] == tensor.shape[dim]:
+                    return dim, each
+                continue
+            reduced = _dims(func, args, kwargs, tensor.dim())
+            if name == "stack":
+                new = reduced[0] if reduced else 0
+                after = [dim if dim < new else dim + 1]
+            elif dim in reduced:
+                continue
+            elif out.dim() < tensor.dim():
+                after = [dim - sum(other < dim for other in reduced)]
+            else:
+                after = [dim + out.dim() - tensor.dim(), dim]
+                after = after[::-1] if name in LEFT else after
+            for new in after:
+                if 0 <= new < out.dim() and out.shape[new] == tensor.shape[dim]:
+                    return new, each
+        return None
+
+    def _note_indexed(self, tensor: torch.Tensor, indices: list[Optional[torch.Tensor]], out: torch.Tensor) -> None:
+        """`x[:, i, j]`: the rows stay where no index picks among them; `x[arange(b), i]` has those of `i`."""
+        given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+        if not given or any(index.dtype in (torch.bool, torch.uint8) for _, index in given):
+            return
+        first, last = given[0][0], given[-1][0]
+        width = max(index.dim() for _, index in given)
+        place = self.place(tensor)
+        picked = [dim for dim, _ in given]
+        if place is not None and place[0] not in picked:
+            if last - first + 1 == len(given) and place[0] > last:
+                self._note(out, (place[0] - len(given) + width, place[1]))
+            elif last - first + 1 == len(given):
+                self._note(out, place)
+            return
+        for dim, index in given:
+            found = self.place(index)
+            if found is None or (place is not None and dim == place[0]):
+                continue
+            to = found[0] + width - index.dim() + (first if last - first + 1 == len(given) else 0)
+            if out.shape[to] == index.shape[found[0]]:
+                self._note(out, (to, found[1]))
+                return
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """What tells a tensor's storage from others; 0 if it has none that could be told."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def _dims(func: Any, args: tuple, kwargs: dict, n_dims: int) -> list[int]:
+    """The dimensions that an operation is told to work on."""
+    for at, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dim", "dims", "dim0", "axis"):
+            told = args[at] if at < len(args) else kwargs.get(argument.name, argument.default_value)
+            told = [told] if isinstance(told, int) else told
+            return [dim % n_dims for dim in told or () if isinstance(dim, int) and n_dims]
+    return []

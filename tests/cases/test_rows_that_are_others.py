@@ -1,0 +1,244 @@
+"""Layers whose first dimension is as long as the batch, though its entries are something else than the rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from rows_alone import same_as_alone, two_tasks
+from tiny import bert_config
+from torch import nn
+
+from peft_poly import use_task
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+IDS = ["rte", "sst2", "rte", "sst2"]
+REFUSED = r"its rows are not the 2 rows of this call.*exclude_modules"
+
+
+def tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(rows * length))
+
+
+# ----------------------------------------------------------------------------------------------------- sequence first
+class SequenceFirst(nn.Module):
+    """A recurrent-style stack on `(length, batch, hidden)`, as many hand-written models are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lin0, self.lin1 = nn.Embedding(61, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.emb(input_ids).permute(1, 0, 2).contiguous()
+        return self.lin1(self.lin0(hidden).tanh()).transpose(0, 1)
+
+
+def xlnet() -> nn.Module:
+    config = tf.XLNetConfig(vocab_size=61, d_model=16, n_layer=2, n_head=4, d_inner=32, num_labels=3)
+    return tf.XLNetForSequenceClassification(config)
+
+
+def fsmt() -> nn.Module:
+    config = tf.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=61, tgt_vocab_size=61, d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4,
+    )  # fmt: skip
+    return tf.FSMTForConditionalGeneration(config)
+
+
+def longformer() -> nn.Module:
+    config = tf.LongformerConfig(attention_window=4, vocab_size=61, max_position_embeddings=64, num_labels=3, **SMALL)
+    return tf.LongformerForSequenceClassification(config)
+
+
+def bert() -> nn.Module:
+    return tf.BertForSequenceClassification(bert_config())
+
+
+@pytest.mark.parametrize("length", [4, 5])
+@pytest.mark.parametrize("make", [SequenceFirst, xlnet, fsmt, longformer, bert])
+def test_as_many_tokens_as_rows_or_not(make, length):
+    torch.manual_seed(0)
+    exclude = r".*_global" if make is longformer else None  # tokens picked by a mask: refused
+    model = two_tasks(make(), exclude_modules=exclude)
+
+    def call(x: torch.Tensor, task_ids) -> torch.Tensor:
+        given = {"decoder_input_ids": x.flip(1)} if make is fsmt else {}
+        output = model(input_ids=x, task_ids=task_ids, **given)
+        return getattr(output, "logits", output)
+
+    same_as_alone(call, IDS, tokens(4, length))
+
+
+# ------------------------------------------------------------------------------------------------------------- towers
+def llava() -> nn.Module:
+    vision = tf.CLIPVisionConfig(**SMALL, image_size=8, patch_size=4)
+    text = tf.LlamaConfig(vocab_size=61, pad_token_id=0, **SMALL)
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=60, vision_feature_layer=-1)
+    )
+
+
+TEXT_AND_IMAGES = torch.tensor([[2] + [7] * 8 + [5], [2] + [60] * 8 + [5]])  # row 1 has both images
+
+
+@pytest.mark.parametrize("target", ["q_proj", r".*vision_tower.*out_proj", r".*multi_modal_projector.linear_1"])
+def test_two_images_of_one_row_are_no_two_rows(target):
+    torch.manual_seed(0)
+    model = two_tasks(llava(), target_modules=[target] if target == "q_proj" else target)
+    images = torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(ValueError, match=REFUSED):
+            model(input_ids=TEXT_AND_IMAGES, pixel_values=images, task_ids=["rte", "sst2"])
+    with torch.no_grad():
+        one = model(input_ids=TEXT_AND_IMAGES, pixel_values=images, task_ids="sst2").logits[1]
+        alone = model(input_ids=TEXT_AND_IMAGES[1:], pixel_values=images, task_ids=["sst2"]).logits[0]
+    torch.testing.assert_close(one, alone)
+
+
+def test_a_language_model_beside_a_tower_serves_mixed_batches():
+    torch.manual_seed(0)
+    model = two_tasks(llava(), exclude_modules=r".*(vision_tower|multi_modal_projector).*")
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        mixed = model(input_ids=TEXT_AND_IMAGES, pixel_values=images, task_ids=["rte", "sst2"]).logits
+        alone = model(input_ids=TEXT_AND_IMAGES[1:], pixel_values=images, task_ids="sst2").logits[0]
+        text = model(input_ids=TEXT_AND_IMAGES[:1], task_ids="rte").logits[0]
+    torch.testing.assert_close(mixed[1], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed[0], text, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_and_an_image_tower_side_by_side():
+    torch.manual_seed(0)
+    text = {**SMALL, "vocab_size": 61, "eos_token_id": 60, "bos_token_id": 1, "max_position_embeddings": 16}
+    config = tf.CLIPConfig(
+        text_config=text, vision_config={**SMALL, "image_size": 8, "patch_size": 4}, projection_dim=8
+    )
+    x, images = tokens(2, 6), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=REFUSED):
+        two_tasks(tf.CLIPModel(config))(input_ids=x, pixel_values=images, task_ids=["rte", "sst2"])
+    model = two_tasks(tf.CLIPModel(config), target_modules=r"text_model.*(q_proj|fc1)|text_projection")
+    same_as_alone(
+        lambda x, task_ids: model(input_ids=x, pixel_values=images, task_ids=task_ids).text_embeds, ["rte", "sst2"], x
+    )
+
+
+def test_an_encoder_of_images_and_a_decoder_of_text():
+    torch.manual_seed(0)
+    encoder = tf.ViTConfig(**SMALL, image_size=8, patch_size=4)
+    decoder = tf.GPT2Config(n_embd=16, n_layer=1, n_head=4, vocab_size=61, n_positions=16, add_cross_attention=True)
+    base = tf.VisionEncoderDecoderModel(tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder))
+    model = two_tasks(base)
+    same_as_alone(
+        lambda images, x, task_ids: model(pixel_values=images, decoder_input_ids=x, task_ids=task_ids).logits,
+        ["rte", "sst2"], torch.randn(2, 3, 8, 8), tokens(2, 2),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ experts
+class Experts(nn.Module):
+    """Two experts that get the tokens that a gate picks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.mix, self.gate = nn.Embedding(61, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.parts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.mix(self.emb(input_ids))
+        tokens = hidden.view(-1, 8)
+        chosen = self.gate(tokens).argmax(-1)
+        out = torch.zeros_like(tokens)
+        for index, part in enumerate(self.parts):
+            where = torch.where(chosen == index)[0]
+            out.index_add_(0, where, part(tokens[where]))
+        return hidden + out.view(hidden.shape)
+
+
+def test_the_tokens_of_an_expert_are_never_taken_for_rows():
+    torch.manual_seed(0)
+    model = two_tasks(Experts(), target_modules=["parts.0", "parts.1"])
+    for seed in range(20):
+        x = torch.randint(0, 61, (2, 2), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad(), pytest.raises(ValueError, match=REFUSED):
+            model(x, task_ids=["rte", "sst2"])
+        model(x, task_ids="rte")
+
+
+def test_flattened_tokens_are_followed_and_experts_can_be_left_out():
+    torch.manual_seed(0)
+    model = two_tasks(Experts(), target_modules=["mix", "gate"])
+    same_as_alone(lambda x, task_ids: model(x, task_ids=task_ids), IDS, tokens(4, 5))
+
+
+# ------------------------------------------------------------------------------------------------------ other layouts
+def test_choices_are_followed_where_the_model_flattens_them():
+    torch.manual_seed(0)
+    model = two_tasks(tf.BertForMultipleChoice(bert_config()))
+    x = torch.randint(3, 61, (2, 3, 5))
+    same_as_alone(lambda x, task_ids: model(input_ids=x, task_ids=task_ids).logits, ["rte", "sst2"], x)
+    with model.use_task(["rte", "sst2"]):
+        torch.testing.assert_close(model(input_ids=x).logits, model(input_ids=x, task_ids=["rte", "sst2"]).logits)
+
+
+class Codes(nn.Module):
+    """Ids `(batch, length, codebooks)` that are summed, as in CSM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.q = nn.Embedding(61, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.q(self.emb(input_ids).sum(2))
+
+
+def test_other_ids_of_three_dimensions_are_no_choices():
+    torch.manual_seed(0)
+    model = two_tasks(Codes(), target_modules=["q"])
+    same_as_alone(
+        lambda x, task_ids: model(input_ids=x, task_ids=task_ids), ["rte", "sst2"], torch.randint(0, 61, (2, 5, 3))
+    )
+
+
+def deberta(**settings) -> nn.Module:
+    settings = {"share_att_key": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm", **settings}
+    config = tf.DebertaV2Config(
+        vocab_size=61, relative_attention=True, position_buckets=8, position_biased_input=False, type_vocab_size=0,
+        **SMALL, **settings,
+    )  # fmt: skip
+    return tf.DebertaV2ForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("rows", [4, 16])  # 16: as many as the table of positions
+def test_a_table_of_positions_is_computed_for_each_task(share, rows):
+    torch.manual_seed(0)
+    model = two_tasks(deberta(share_att_key=share), target_modules=["query_proj", "key_proj", "value_proj"])
+    same_as_alone(lambda x, task_ids: model(input_ids=x, task_ids=task_ids).logits, (IDS * 4)[:rows], tokens(rows, 8))
+
+
+def test_a_table_of_positions_in_training():
+    torch.manual_seed(0)
+    model = two_tasks(deberta(), target_modules=["query_proj", "value_proj"], router_noise=False)
+    x = tokens(4, 8)
+
+    def gradients(*calls) -> list[torch.Tensor]:
+        model.zero_grad()
+        for rows, task_ids in calls:
+            model(input_ids=x[rows], task_ids=task_ids).logits.pow(2).sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    mixed = gradients((slice(None), IDS))
+    alone = gradients(*((slice(row, row + 1), task) for row, task in enumerate(IDS)))
+    for one, other in zip(mixed, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_a_wrapper_sorts_are_not_seen_but_another_number_of_them_is():
+    torch.manual_seed(0)
+    model = two_tasks(bert())
+    with (
+        use_task(model, ["rte", "sst2"]),
+        pytest.raises(ValueError, match=r"has 2 entries but the input of .* has 4 rows"),
+    ):
+        model(input_ids=tokens(4, 5))
