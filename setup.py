@@ -26,6 +26,7 @@ EXTRAS["test"] = [
     *EXTRAS["serve"],
     *EXTRAS["train"],
     "bitsandbytes>=0.48",
+    "hypothesis>=6.100",
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "nbformat>=5.10",
