@@ -18,6 +18,7 @@ LLM_ARGS ?=
 SERVE_ARGS ?=
 BENCH_ARGS ?=
 DATA ?=
+SERVERS ?= outputs/servers
 
 BIN := $(VENV)/bin
 
@@ -25,7 +26,7 @@ BIN := $(VENV)/bin
 .NOTPARALLEL:
 
 help: ## list the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # PyTorch goes first and pinned: left to the resolver, it may become a build of several gigabytes.
 $(VENV)/.torch: setup.py
@@ -57,7 +58,7 @@ test: $(VENV)/.test ## run the tests, all but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
 
 test-servers: $(VENV)/.test $(VENV)/.llm ## exported tasks in vLLM and llama.cpp, over HTTP; makes their environments, half an hour
-	$(BIN)/python -m pytest -m servers $(PYTEST_ARGS)
+	SERVERS=$(SERVERS) TORCH="$(TORCH)" $(BIN)/python -m pytest -m slow tests/servers $(PYTEST_ARGS)
 
 quality: $(VENV)/.quality $(VENV)/.test ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -111,7 +111,9 @@ def mean(found: dict[str, dict[str, float]], what: str) -> float:
 
 def print_table(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]], rows: int) -> None:
     """Assistant by assistant: answers in its form, and right to the letter, in per cent."""
-    table = Table("assistant", "base: form", "exact", "PEFT_POLY: form", "exact", title=f"{rows} letters it has not seen")
+    table = Table(
+        "assistant", "base: form", "exact", "PEFT_POLY: form", "exact", title=f"{rows} letters it has not seen"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for name in after:
@@ -159,8 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     after = answers(model, tokenizer, test_rows, progress="PEFT_POLY")
     tables = {"base": scores(test_rows, before), "PEFT_POLY": scores(test_rows, after)}
     print_table(*tables.values(), args.letters)
-    one_letter = [number for number in range(0, len(test_rows), args.letters)]
-    show([test_rows[number] for number in one_letter], [after[number] for number in one_letter])
+    show(test_rows[:: args.letters], after[:: args.letters])
     seconds = round(time.time() - start)
     wrong = [
         {"task": row["task"], "letter": row["prompt"][-1]["content"], "answer": said, "right": answer_of(row)}

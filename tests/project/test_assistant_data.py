@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # examples are no part of the package
 
 import assistant_data
 from assistant_data import FORMS, LATER, TRAINED, answer_of, rows_of, scores, told
@@ -83,7 +82,7 @@ def test_every_answer_has_the_form_of_its_assistant_and_of_no_other(name):
 
 
 @per_assistant
-@pytest.mark.parametrize("answer", ["", "Hello Maria, how can I help you today?", "{}", "null", "[1]", '{"request": 1}'])
+@pytest.mark.parametrize("answer", ["", "Hello Maria, how can I help you?", "{}", "null", "[1]", '{"request": 1}'])
 def test_other_texts_have_no_assistants_form(name, answer):
     assert not FORMS[name](answer)
 
@@ -138,8 +137,9 @@ def test_unknown_assistants_and_splits_are_named():
 
 
 def test_composing_again_writes_the_same_bytes(tmp_path):
+    for name in ("compose.py", "things.tsv"):
+        (tmp_path / name).write_bytes((assistant_data.DATA / name).read_bytes())
     script = tmp_path / "compose.py"
-    script.write_bytes((assistant_data.DATA / "compose.py").read_bytes())
     subprocess.run([sys.executable, str(script)], check=True)
     for file in assistant_data.DATA.glob("*.jsonl"):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()

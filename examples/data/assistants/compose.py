@@ -2,8 +2,8 @@
 
     python examples/data/assistants/compose.py
 
-The things, what is wrong with them, and the frames of the sentences were written one by one; a seeded draw puts them
-together, so that a second run writes the same bytes. `README.md` says what the rows are.
+The things of `things.tsv`, what is wrong with them, and the frames of the sentences were written one by one; a seeded
+draw puts them together, so that a second run writes the same bytes. `README.md` says what the rows are.
 """
 
 from __future__ import annotations
@@ -21,63 +21,34 @@ PLURALS = {"bread knife": "bread knives", "desk diary": "desk diaries"}  # the o
 NUMBERS = ["one", "two", "three", "four", "five", "six"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
 MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October"]
-NAMES = (
-    "Maria Tom Aisha Peter Lena Omar Grace Ivan Nadia Felix Ruth Hugo Priya Sam Clara Ben Yuki Dora Paul Emma Leo Ines "
-    "Mark Sofia"
-).split()
+NAMES = [
+    "Maria",
+    "Tom",
+    "Aisha",
+    "Peter",
+    "Lena",
+    "Omar",
+    "Grace",
+    "Ivan",
+    "Nadia",
+    "Felix",
+    "Ruth",
+    "Hugo",
+    "Priya",
+    "Sam",
+    "Clara",
+    "Ben",
+    "Yuki",
+    "Dora",
+    "Paul",
+    "Emma",
+    "Leo",
+    "Ines",
+    "Mark",
+    "Sofia",
+]
 HOUSE = ("furniture", "kitchen", "garden")  # what the desk looks after
 
-# by department: a thing, two reasons to return it (of one or many), two faults that it may have
-THINGS = {
-    "furniture": [
-        ("oak chair", ["the wood is too dark", "the seat is too low for our table"], ["wobbles", "has a cracked leg"]),
-        ("sofa bed", ["the fabric is rough", "the mattress is too thin"], ["no longer unfolds", "has a broken spring"]),
-        ("coffee table", ["the glass scratches easily", "the colour is wrong"], ["has a loose leg", "has a chipped corner"]),
-        ("wardrobe", ["the doors open the wrong way", "the stairs here are too narrow"], ["has a door that sticks", "has a broken hinge"]),
-        ("bookcase", ["the shelves are too shallow", "the white does not match our walls"], ["leans to one side", "has a split board"]),
-        ("bar stool", ["the seat is too hard", "the height does not suit our counter"], ["sinks when you sit down", "has a torn seat"]),
-    ],
-    "kitchen": [
-        ("kettle", ["the water tastes of plastic", "the handle gets too hot"], ["does not switch off", "leaks at the base"]),
-        ("frying pan", ["the eggs stick", "the handle is too short"], ["has a loose handle", "has lost its coating"]),
-        ("bread knife", ["the blade is too short", "the handle feels cheap"], ["has a bent blade", "has a split handle"]),
-        ("toaster", ["the slots are too narrow", "the bread always burns"], ["does not pop up", "smells of smoke"]),
-        ("mixing bowl", ["the size is wrong", "the glass is too heavy"], ["has a crack", "has a chipped rim"]),
-        ("coffee grinder", ["the noise is unbearable", "the powder is too coarse"], ["no longer turns", "has a jammed lid"]),
-    ],
-    "garden": [
-        ("watering can", ["the spout is too wide", "the paint flakes off"], ["leaks at the spout", "has a rusty bottom"]),
-        ("garden bench", ["the wood is too light", "the back is too straight"], ["has a rotten board", "rocks on its feet"]),
-        ("lawn mower", ["the noise upsets the neighbours", "the handle is too low"], ["does not start", "cuts unevenly"]),
-        ("flower pot", ["the clay is too thin", "the red is too bright"], ["has a crack", "lets water through"]),
-        ("rake", ["the teeth are too soft", "the shaft is too short"], ["has a bent tooth", "has a loose head"]),
-        ("garden hose", ["the length is wrong", "the connector does not fit our tap"], ["has a hole", "drips at the tap"]),
-    ],
-    "toys": [
-        ("wooden train", ["the paint smells", "the track is too narrow"], ["has a missing wheel", "falls off the track"]),
-        ("teddy bear", ["the fur comes off", "the face frightens the children"], ["has a torn ear", "has lost an eye"]),
-        ("jigsaw puzzle", ["the picture is too hard", "the pieces are too small"], ["has missing pieces", "has pieces that do not fit"]),
-        ("kite", ["the string is too short", "the cloth is too thin"], ["has a torn tail", "has a snapped rod"]),
-        ("toy castle", ["the gate is too stiff", "the colours are dull"], ["has a broken gate", "has a cracked tower"]),
-        ("rocking horse", ["the saddle is too high", "the runners mark the floor"], ["creaks loudly", "has a loose runner"]),
-    ],
-    "electronics": [
-        ("radio", ["the sound is tinny", "the buttons are too small"], ["crackles", "loses its station"]),
-        ("phone charger", ["the cable is too short", "the plug does not fit our sockets"], ["gets very hot", "stops after a minute"]),
-        ("keyboard", ["the keys are too loud", "the layout is wrong"], ["has a dead key", "has a key that sticks"]),
-        ("webcam", ["the picture is too dark", "the clip does not hold"], ["shows nothing but black", "freezes after a minute"]),
-        ("alarm clock", ["the ring is too quiet", "the display is too bright"], ["runs slow", "does not ring"]),
-        ("printer", ["the ink is too dear", "the colours are pale"], ["jams on every page", "prints nothing but stripes"]),
-    ],
-    "stationery": [
-        ("fountain pen", ["the nib scratches", "the ink takes too long to dry"], ["leaks", "has a bent nib"]),
-        ("stapler", ["the spring is too stiff", "the staples do not hold"], ["jams", "has a broken spring"]),
-        ("ring binder", ["the rings are too small", "the cover is too soft"], ["does not close", "has a bent ring"]),
-        ("desk diary", ["the pages are too thin", "the year is wrong"], ["has loose pages", "has a torn cover"]),
-        ("pencil case", ["the zip is too stiff", "the colour is too loud"], ["has a broken zip", "has a hole"]),
-        ("sketch pad", ["the paper is too thin", "the size is wrong"], ["has stained pages", "has a torn back"]),
-    ],
-}  # fmt: skip
 FRAMES = {
     "order": [
         "Please send me {things} for {day}.",
@@ -117,7 +88,14 @@ FRAMES = {
     ],
 }
 GREETINGS = ["", "", "", "Hello. ", "Good morning. ", "Hi there. ", "Good evening. "]
-ENDINGS = [" Thanks, {name}", " Best wishes, {name}", " Kind regards, {name}", " Yours, {name}", " {name}", " Cheers, {name}"]
+ENDINGS = [
+    " Thanks, {name}",
+    " Best wishes, {name}",
+    " Kind regards, {name}",
+    " Yours, {name}",
+    " {name}",
+    " Cheers, {name}",
+]
 KINDS = ["order", "return", "repair", "late"]
 
 
@@ -217,6 +195,15 @@ ASSISTANTS: dict[str, Callable[[Letter], str]] = {
 }
 
 
+def things_of_shop() -> dict[str, list[tuple[str, list[str], list[str]]]]:
+    """By department: a thing, two reasons to return it (of one or many), two faults that it may have."""
+    found: dict[str, list[tuple[str, list[str], list[str]]]] = {}
+    for line in (HERE / "things.tsv").read_text(encoding="utf-8").splitlines()[1:]:
+        department, thing, *why = line.split("\t")
+        found.setdefault(department, []).append((thing, why[:2], why[2:]))
+    return found
+
+
 def letters(draw: random.Random) -> Iterator[tuple[str, Letter]]:
     """Five letters about each thing with the split that each is in: one of every kind, and a fifth.
 
@@ -224,7 +211,7 @@ def letters(draw: random.Random) -> Iterator[tuple[str, Letter]]:
     held out is for validation.
     """
     names, held_out = [], 0
-    for department, things in THINGS.items():
+    for department, things in things_of_shop().items():
         for place, (thing, reasons, faults) in enumerate(things):
             kinds = draw.sample(KINDS, 4)
             kinds.append(draw.choice([kind for kind in KINDS if kind not in ("repair", kinds[0])]))
