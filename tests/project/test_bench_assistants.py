@@ -133,4 +133,4 @@ def test_adapters_trained_on_a_quantised_base_are_served_on_either(chat_model, p
         assert [result.task for result in results] == ["order", "summary", "title", "tags", "desk", "chat"]
     base, _ = run._base(nf4=True)
     assert isinstance(PeftModel.from_pretrained(base, run._folder("MHR on NF4", 0)), PeftModel)
-    assert type(base.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert type(base.model.layers[0].mlp.up_proj.get_base_layer()).__name__ == "Linear4bit"
