@@ -30,7 +30,7 @@ def size_mb(folder: Path) -> float:
 
 
 def write(way: str, n: int, model: Path, folder: Path) -> dict[str, Any]:
-    """Save an adapter of `n` tasks; for LoRAs, export all tasks of one with gates."""
+    """Save an adapter of `n` tasks; for LoRAs, export all tasks of one with MHR."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -38,7 +38,7 @@ def write(way: str, n: int, model: Path, folder: Path) -> dict[str, Any]:
     from peft_poly import PolyConfig
 
     torch.manual_seed(0)
-    kind = {"r": 4, "n_skills": 4, "n_splits": 4} if way == "MHR" else {"poly_type": "gates", "r": 16}
+    kind = {"poly_type": "gates", "r": 16} if way == "gates" else {"r": 4, "n_skills": 4, "n_splits": 4}
     names = [f"task{number}" for number in range(n)]
     config = PolyConfig(
         task_type="CAUSAL_LM", target_modules="all-linear", task_names=names, init_weights=False, **kind
