@@ -3,7 +3,8 @@
     python -m benchmarks.serving outputs/assistants/adapter --vllm outputs/servers/vllm
 
 Each way answers the same letters of `examples/data/assistants`, tasks in turn, greedily, from so many clients at once.
-PEFT alone has no server, so it gets the requests in batches as they come. CPU time is that of the processes that answer.
+PEFT alone has no server, so it gets the requests in batches, as they come. CPU time is that of the processes that
+answer.
 """
 
 from __future__ import annotations
@@ -57,20 +58,36 @@ def started(command: list[object], ready: str, log: Path, **environment: str) ->
                 raise RuntimeError(f"The server ended: {log.read_text(errors='replace')[-5000:]}")
             yield found[0], process.pid
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=120)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(timeout=120)
 
 
 @contextmanager
 def vllm_server(
     environment: Path, base: Path, loras: dict[str, Path], log: Path, rows: int = 24
 ) -> Iterator[tuple[str, int]]:
-    """`vllm serve` with the exported tasks, on a port of this machine; gives its address and its process."""
+    """vLLM with the exported tasks, on a port of this machine; gives its address and its process.
+
+    It is what `vllm serve` starts; that script does not find its own version in the wheel for CPUs.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [environment / "bin" / "vllm", "serve", base, "--host", "127.0.0.1", "--port", port]
-    command += ["--dtype", "float32", "--max-model-len", 256, "--max-num-seqs", rows, "--enforce-eager"]
+    command = [environment / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", base]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        256,
+        "--max-num-seqs",
+        rows,
+        "--enforce-eager",
+    ]
     command += ["--enable-lora", "--max-lora-rank", 8, "--max-loras", len(loras), "--lora-modules"]
     command += [f"{task}={path}" for task, path in loras.items()]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": ""}
