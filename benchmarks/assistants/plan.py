@@ -45,7 +45,7 @@ class Settings:
     train_rows: int = 120
     validation_rows: int = 20
     test_rows: int = 40
-    epochs: float = 1
+    epochs: float = 2
     seeds: int = 3
     shots: tuple[int, ...] = (8, 16, 32)
     draws: int = 3
