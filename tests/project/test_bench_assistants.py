@@ -23,7 +23,16 @@ from benchmarks.assistants.runs import Run
 pytest.importorskip("trl")
 
 TINY = Settings(
-    train_rows=2, validation_rows=1, test_rows=1, seeds=2, shots=(2, 3), draws=2, few_steps=1, few_batch=2, rank=6
+    train_rows=2,
+    validation_rows=1,
+    test_rows=1,
+    epochs=1,
+    seeds=2,
+    shots=(2, 3),
+    draws=2,
+    few_steps=1,
+    few_batch=2,
+    rank=6,
 )
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
@@ -76,7 +85,7 @@ def test_a_plan_has_every_method_seed_way_and_draw_once(plan):
 def test_results_of_other_settings_are_not_taken_for_these(plan):
     fill(plan, lambda unit: (0.0, 100.0))
     assert Plan(TINY, Store(plan.store.path, TINY.name)).left() == []
-    other = replace(TINY, epochs=2)
+    other = replace(TINY, epochs=3)
     assert Plan(other, Store(plan.store.path, other.name)).left() == list(Plan(other, plan.store).units())
 
 
