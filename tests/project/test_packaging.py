@@ -26,7 +26,8 @@ from peft_poly.compat import PEFT_VERSIONS
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-VERBS = ["demo", "serve", "test", "quality", "style", "docs", "bench", "bench-quick", "bench-quality", "clean"]
+VERBS = ["demo", "demo-llm", "serve", "test", "test-servers", "quality", "style", "docs", "bench", "bench-quick"]
+VERBS += ["bench-quality", "bench-assistants", "clean"]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
