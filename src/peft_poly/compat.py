@@ -23,6 +23,7 @@ FOOTING = {
         "set_peft_model_state_dict",
     ),
     "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING"),
+    "peft.optimizers.lorafa": ("LoraFAOptimizer",),
     "peft.peft_model": (
         "PeftModel.forward",
         "PeftModel.generate",

@@ -185,7 +185,8 @@ class PolyLayer(BaseTunerLayer):
         task_id = self.task_context.one_task(adapter, task)
         with evaluating(self.poly_router[adapter]):
             A, B = self.mixed_pair(adapter, torch.tensor([task_id]))
-        delta = (A[0].float() @ B[0].float()) * self.scaling[adapter]
+        exact = torch.promote_types(A.dtype, torch.float32)
+        delta = (A[0].to(exact) @ B[0].to(exact)) * self.scaling[adapter]
         return (delta if self.fan_in_fan_out else delta.T).to(A.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -25,7 +25,7 @@ from torch import nn
 
 import peft_poly
 from peft_poly import PolyConfig, PolyLayer
-from peft_poly.checkpoints.export import exact_targets, export_lora, folder_names, vllm_command
+from peft_poly.checkpoints.export import exact_targets, export_lora, folder_names
 
 HERE = Path(__file__).parents[1]  # the upstream process makes its models with `tiny`
 
@@ -454,17 +454,6 @@ def test_unsafe_names_stay_inside_the_target(tmp_path):
     assert list(folders) == names
     assert all(folder.parent == tmp_path / "in" / "loras" and folder.is_dir() for folder in folders.values())
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-@pytest.mark.parametrize(("rank", "most"), [(1, 8), (8, 8), (9, 16), (300, 320), (600, 600)])
-def test_vllm_is_told_a_rank_that_it_knows(rank, most):
-    assert f"--max-lora-rank {most} " in vllm_command("some/model", rank, {"a": "b"})
-
-
-def test_the_vllm_line_is_quoted_for_the_shell():
-    assert vllm_command(None, 8, {"a": "my folder/a"}) == (
-        "vllm serve BASE_MODEL --enable-lora --max-lora-rank 8 --lora-modules 'a=my folder/a'"
-    )
 
 
 # ------------------------------------------------------------------------------------------------- refusals

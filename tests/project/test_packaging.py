@@ -26,7 +26,8 @@ from peft_poly.compat import PEFT_VERSIONS
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-VERBS = ["demo", "serve", "test", "quality", "style", "docs", "bench", "bench-quick", "bench-quality", "clean"]
+VERBS = ["demo", "demo-llm", "serve", "test", "test-servers", "quality", "style", "docs", "bench", "bench-quick"]
+VERBS += ["bench-quality", "bench-personal", "bench-tenants", "bench-assistants", "clean"]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
@@ -78,7 +79,7 @@ class TestDistributions:
         with zipfile.ZipFile(wheel) as archive:
             packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         source = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/peft_poly").glob("**/*.py")}
-        assert packed == source | {"peft_poly/py.typed"}
+        assert packed == source | {"peft_poly/py.typed", "peft_poly_cli.py"}  # the grammar stands beside
 
     def test_the_licence_goes_along(self, wheel, sdist):
         with zipfile.ZipFile(wheel) as archive:
@@ -96,6 +97,7 @@ class TestDistributions:
             "demo",
             "dev",
             "docs",
+            "llm",
             "plot",
             "quality",
             "serve",

@@ -9,10 +9,9 @@ The scale sits in B, so that a reader needs nothing but `W + B A`; the rank is t
 from __future__ import annotations
 
 import re
-import shlex
 import unicodedata
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union, cast
@@ -36,11 +35,11 @@ from ..layer import PolyLayer
 from ..tasks.ids import resolve_task
 from .sharding import check_whole
 from .staging import staged
+from .vllm import vllm_command, vllm_serves
 
-__all__ = ["exact_targets", "export_lora", "folder_names", "vllm_command"]
+__all__ = ["exact_targets", "export_lora", "folder_names"]
 
 PREFIX = "base_model.model."
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` accepts
 
 
 def export_lora(
@@ -57,7 +56,7 @@ def export_lora(
         model: the `PeftModel`, its `PolyModel`, or a model that was given its adapter by injection. It may be in
             training mode, quantised or merged: only the adapter's tensors are read.
         task: id or name of the task, whose folder `save_directory` becomes. None: every task, each in a subfolder
-            with its name (its id if it has none), and the line with which vLLM serves them all is printed.
+            with its name (its id if it has none). Where vLLM serves such LoRAs, the line to type is printed.
         save_directory: where to write. The tensors have the adapter's dtype.
         adapter_name: the adapter. Default: the active one.
         overwrite: replace an existing folder.
@@ -78,20 +77,20 @@ def _export(
     source: _Source, task: Union[int, str, None], target: Path, overwrite: bool
 ) -> Union[Path, dict[str, Path]]:
     names = folder_names(source.config)
-    lora_config, rank, base = _lora_config(source), source.config.r, source.base_name
+    lora_config = _lora_config(source)
     for name in source.config.task_names or () if task is None else _names(task, source):
         check_has_head(source.root, source.adapter, name)
     if task is not None:
         task_id = _task_id(task, source)
         with staged(target, overwrite) as folder:
-            beside = {names[task_id]: f"./{target.resolve().name}"}
-            _write(source, lora_config, task_id, folder, vllm_command(base, rank, beside))
+            _write(source, lora_config, task_id, folder, _vllm(source, {names[task_id]: f"./{target.resolve().name}"}))
         return target
     with staged(target, overwrite) as folder:
-        command = vllm_command(base, rank, {name: f"./{name}" for name in names})
+        command = _vllm(source, {name: f"./{name}" for name in names})
         for task_id, name in enumerate(names):
             _write(source, lora_config, task_id, folder / name, command)
-    print(vllm_command(base, rank, {name: str(target / name) for name in names}))
+    if command:
+        print(_vllm(source, {name: str(target / name) for name in names}))
     labels = source.config.task_names or names
     return {label: target / name for label, name in zip(labels, names, strict=True)}
 
@@ -181,7 +180,13 @@ def _names(task: Any, source: _Source) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- the folder
-def _write(source: _Source, lora_config: LoraConfig, task_id: int, folder: Path, command: str) -> None:
+def _vllm(source: _Source, folders: dict[str, str]) -> Optional[str]:
+    """The line with which vLLM serves these folders, if it does."""
+    served = vllm_serves(source.root, source.config.r, whole_tensors=bool(source.others))
+    return vllm_command(source.base_name, source.config.r, folders) if served else None
+
+
+def _write(source: _Source, lora_config: LoraConfig, task_id: int, folder: Path, command: Optional[str]) -> None:
     folder.mkdir(exist_ok=True)
     save_file(_tensors(source, task_id), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     base = type(source.root)
@@ -280,20 +285,6 @@ def _safe(name: str) -> str:
     return text.lstrip(".-").rstrip(".")[:80] or "task"
 
 
-def vllm_command(base_model: Optional[str], rank: int, folders: Mapping[str, str]) -> str:
-    """The command line with which vLLM serves LoRAs beside their base model.
-
-    Args:
-        base_model: name of the base model, or None for a placeholder.
-        rank: the LoRAs' rank; vLLM is told the next one it knows.
-        folders: the folder of each LoRA by the name to serve it under.
-    """
-    most = next((known for known in VLLM_RANKS if known >= rank), rank)
-    loras = " ".join(shlex.quote(f"{name}={folder}") for name, folder in folders.items())
-    base = shlex.quote(base_model) if base_model else "BASE_MODEL"
-    return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {loras}"
-
-
 def _base_lines(source: _Source, cls: str, task_id: int) -> list[str]:
     """Code that loads the base model; with heads, one whose last layer is that of the task, which no LoRA can say."""
     labels, name = source.config.labels, source.base_name
@@ -304,7 +295,7 @@ def _base_lines(source: _Source, cls: str, task_id: int) -> list[str]:
     return [f"base = {cls}.from_pretrained(\n{lines})"]
 
 
-def _card(source: _Source, task_id: int, command: str) -> ModelCard:
+def _card(source: _Source, task_id: int, command: Optional[str]) -> ModelCard:
     config, base = source.config, source.root
     name = " ".join(config.task_names[task_id].split()) if config.task_names else str(task_id)
     data = ModelCardData(base_model=source.base_name, library_name="peft", tags=["lora", "peft-poly"])
@@ -332,10 +323,15 @@ A plain LoRA of rank {config.r}: what a task-routed adapter of {config.n_tasks} 
 ```python
 {loading}
 ```
+{_serving(command) if command else ""}"""
+    )
 
+
+def _serving(command: str) -> str:
+    return f"""
 ## How to serve it
 
-With vLLM, for models that it knows, from the folder that this one lies in:
+With vLLM, from the folder that this one lies in:
 
 ```sh
 {command}
@@ -343,4 +339,3 @@ With vLLM, for models that it knows, from the folder that this one lies in:
 
 Requests name the task as their `model`. `--max-loras` says how many tasks a batch may mix.
 """
-    )

@@ -1,0 +1,145 @@
+"""One unit: an adapter is made or loaded, trained with the demo's code, and asked."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from assistant_data import LATER, TRAINED, Row, rows_of, scores, told
+from assistants import answers, load, routed, train
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from peft_poly import PolyConfig
+
+from .plan import FEW, QUANTISED, Plan, Result, Unit
+
+__all__ = ["Run"]
+
+
+class Run:
+    """Runs the units of a plan; trained adapters of all assistants go to `outputs`, for the units that come later."""
+
+    def __init__(self, plan: Plan, model: Path, outputs: Path, progress: bool = True) -> None:
+        self.plan, self.model, self.outputs, self.progress = plan, model, outputs, progress
+
+    def __call__(self, unit: Unit) -> list[Result]:
+        start = time.perf_counter()
+        torch.manual_seed(unit.seed)
+        stage = {"tune": self._tune, "all": self._all, "quantised": self._quantised, "few": self._few}[unit.stage]
+        model, tokenizer, rows = stage(unit)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if unit.method != "base" else 0
+        found = scores(rows, answers(model, tokenizer, rows, tasks=_has_tasks(model)))
+        seconds = round(time.perf_counter() - start, 1)
+        return [Result(task, one["form"], one["exact"], trained, seconds) for task, one in found.items()]
+
+    def _tune(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
+        model, tokenizer = self._trained(unit.method, unit.seed, unit.rates)
+        return model, tokenizer, self._rows(unit.method, "validation", self.plan.settings.validation_rows)
+
+    def _all(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
+        rows = self._rows(unit.method, "test", self.plan.settings.test_rows)
+        if unit.method == "base":
+            return (*load(self.model), rows)
+        model, tokenizer = self._trained(unit.method, unit.seed, self.plan.rates(unit.method))
+        self._keep(model, unit.method, unit.seed)
+        return model, tokenizer, rows
+
+    def _quantised(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
+        trained_on, served_on = QUANTISED[unit.method]
+        name = "MHR" if trained_on == "plain" else "MHR on NF4"
+        if trained_on == "nf4" and not self._folder(name, unit.seed).exists():
+            model, _ = self._trained("MHR", unit.seed, self.plan.rates("MHR"), nf4=True)
+            self._keep(model, name, unit.seed)
+        base, tokenizer = self._base(served_on == "nf4")
+        model = PeftModel.from_pretrained(base, self._folder(name, unit.seed), is_trainable=True).eval()
+        return model, tokenizer, self._rows("MHR", "test", self.plan.settings.test_rows)
+
+    def _few(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
+        """The seventh assistant from a few rows; the draws are of other rows and of another start."""
+        method, settings = FEW[unit.method], self.plan.settings
+        base, tokenizer = load(self.model)
+        every = rows_of([LATER], "train")
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(unit.draw)).tolist()
+        rows, test = [every[n] for n in order[: unit.shots]], rows_of([LATER], "test")[: settings.test_rows]
+        config, rates = None, self.plan.rates(method or "shared LoRA")
+        if method is None:
+            model, config = base, self._config("shared LoRA", [LATER])
+        else:
+            model = PeftModel.from_pretrained(base, self._folder(method, unit.seed), is_trainable=True)
+            if isinstance(model.active_peft_config, PolyConfig):
+                model.add_tasks([LATER])
+            if "only" in unit.method:
+                model.train_router_only()
+            if method == "shared LoRA, told":
+                rows, test = [told(row) for row in rows], [told(row) for row in test]
+        steps = settings.few_steps
+        model = self._train(
+            model,
+            tokenizer,
+            rows,
+            config,
+            rates,
+            unit.draw,
+            steps * settings.few_batch / unit.shots,
+            settings.few_batch,
+        )
+        return model, tokenizer, test
+
+    def _trained(self, method: str, seed: int, rates: tuple[float, float], nf4: bool = False) -> tuple[Any, Any]:
+        base, tokenizer = self._base(nf4)
+        rows = self._rows(method, "train", self.plan.settings.train_rows)
+        config = self._config(method, TRAINED)
+        return self._train(base, tokenizer, rows, config, rates, seed, self.plan.settings.epochs), tokenizer
+
+    def _train(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: list[Row],
+        config: PeftConfig | None,
+        rates: tuple[float, float],
+        seed: int,
+        epochs: float,
+        batch_size: int = 12,
+    ) -> PeftModel:
+        how = {"lr": rates[0], "router_lr": rates[1], "epochs": epochs, "batch_size": batch_size, "seed": seed}
+        return train(model, tokenizer, rows, config, self.outputs / "trainer", progress=self.progress, **how)
+
+    def _config(self, method: str, assistants: list[str]) -> PeftConfig:
+        rank = self.plan.settings.rank
+        if method == "MHR":
+            return routed(assistants, r=rank // 6)
+        where = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+        if method == "gates":
+            return PolyConfig(poly_type="gates", r=rank, lora_alpha=rank, task_names=assistants, **where)
+        return LoraConfig(r=rank, lora_alpha=rank, **where)
+
+    def _base(self, nf4: bool) -> tuple[Any, Any]:
+        model, tokenizer = load(self.model)
+        if nf4:
+            how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, quantization_config=how)
+        return model, tokenizer
+
+    def _rows(self, method: str, split: str, most: int) -> list[Row]:
+        rows = [row for name in TRAINED for row in rows_of([name], split)[:most]]
+        return [told(row) for row in rows] if method == "shared LoRA, told" else rows
+
+    def _folder(self, method: str, seed: int) -> Path:
+        return (
+            self.outputs
+            / self.plan.settings.name.replace(" ", "-")
+            / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}"
+        )
+
+    def _keep(self, model: PeftModel, method: str, seed: int) -> None:
+        shutil.rmtree(self._folder(method, seed), ignore_errors=True)
+        model.save_pretrained(self._folder(method, seed), save_embedding_layers=False)
+
+
+def _has_tasks(model: Any) -> bool:
+    return isinstance(getattr(model, "active_peft_config", None), PolyConfig)

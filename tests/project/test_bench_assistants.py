@@ -1,0 +1,145 @@
+"""The benchmark of the assistants: every unit runs on a tiny chat model, goes on after a stop, and is counted right."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks are no part of the package
+
+from benchmarks.assistants import __main__ as command
+from benchmarks.assistants import report
+from benchmarks.assistants.plan import FEW, GRID, METHODS, QUANTISED, Plan, Result, Settings, Store, Unit
+from benchmarks.assistants.runs import Run
+
+pytest.importorskip("trl")
+
+TINY = Settings(
+    train_rows=2,
+    validation_rows=1,
+    test_rows=1,
+    epochs=1,
+    seeds=2,
+    shots=(2, 3),
+    draws=2,
+    few_steps=1,
+    few_batch=2,
+    rank=6,
+)
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory) -> Path:
+    """A tiny Llama that knows bytes, with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), **sizes))
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = fast.pad_token_id, fast.eos_token_id
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def plan(tmp_path) -> Plan:
+    return Plan(TINY, Store(tmp_path / "results.csv", TINY.name))
+
+
+def fill(plan: Plan, exact) -> None:
+    """Pretend that every unit has run; `exact` says what its two assistants have right."""
+    for unit in plan.units():
+        plan.store.add(
+            unit, [Result(task, 100.0, value, 7, 1.0) for task, value in zip("ab", exact(unit), strict=True)]
+        )
+
+
+def test_a_plan_has_every_method_seed_way_and_draw_once(plan):
+    units = list(plan.units())
+    assert len(units) == len(set(units))
+    assert [unit.method for unit in units if unit.stage == "all"] == [*METHODS, *METHODS[1:]]
+    assert {unit.method for unit in units if unit.stage == "quantised"} == set(QUANTISED)
+    few = {(unit.method, unit.shots, unit.draw) for unit in units if unit.stage == "few"}
+    assert few == {(way, shots, draw) for way in FEW for shots in (2, 3) for draw in (0, 1)}
+
+
+def test_results_of_other_settings_are_not_taken_for_these(plan):
+    fill(plan, lambda unit: (0.0, 100.0))
+    assert Plan(TINY, Store(plan.store.path, TINY.name)).left() == []
+    other = replace(TINY, epochs=3)
+    assert Plan(other, Store(plan.store.path, other.name)).left() == list(Plan(other, plan.store).units())
+
+
+def test_the_rates_are_those_with_most_validation_rows_right(plan):
+    best = {method: grid[-1] for method, grid in GRID.items()}
+    fill(plan, lambda unit: (50.0, 60.0 if best.get(unit.method) == unit.rates else 40.0))
+    assert {method: plan.rates(method) for method in GRID} == best
+
+
+def test_without_trials_the_first_rates_are_taken(plan):
+    assert plan.rates("MHR") == GRID["MHR"][0]
+
+
+def test_the_tables_have_means_over_assistants_with_errors_over_seeds_and_draws(plan):
+    fill(plan, lambda unit: (20.0 * unit.seed + 10 * unit.draw, 40.0))
+    found = {row["method"]: row for row in report.all_table(plan)}
+    assert found["MHR"]["exact"] == "25.0 ± 5.0"  # (0 + 40) / 2 and (20 + 40) / 2
+    assert found["gates"]["exact, less told"] == "0.0 ± 0.0"
+    assert found["base"]["exact"] == "20.0"
+    assert report.task_table(plan)[0] | {"base": "0"} == report.task_table(plan)[0]
+    assert report.task_table(plan)[0]["MHR"] == "10"
+    few = {row["way"]: row for row in report.few_table(plan)}
+    assert few["MHR, all"]["3 rows"] == "22.5 ± 2.5"
+    assert len(report.quantised_table(plan)) == 1 + len(QUANTISED)
+
+
+def test_every_unit_of_a_plan_runs_and_a_second_call_runs_none(chat_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "QUICK", replace(TINY, seeds=1, shots=(2,), draws=1, tune=False))
+    skipped = {"quantised"}  # needs a model whose layers are large enough to be worth four bits: below
+    monkeypatch.setattr(
+        Plan, "units", lambda self, every=Plan.units: (u for u in every(self) if u.stage not in skipped)
+    )
+    words = ["--quick", "--model", str(chat_model), "--results", str(tmp_path), "--outputs", str(tmp_path / "out")]
+    command.main(words)
+    with (tmp_path / "assistants.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6 * len(METHODS) + len(FEW)
+    sizes = {line["method"]: int(line["parameters"]) for line in lines}
+    assert sizes["base"] == 0
+    assert sizes["gates"] > sizes["shared LoRA"] == sizes["shared LoRA, told"]
+    assert sizes["MHR, routers only (-z)"] < sizes["gates, all"]
+    before = (tmp_path / "assistants.csv").read_bytes()
+    monkeypatch.setattr(command, "Run", None)  # would fail
+    command.main(words)
+    assert (tmp_path / "assistants.csv").read_bytes() == before
+
+
+def test_adapters_trained_on_a_quantised_base_are_served_on_either(chat_model, plan, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    run = Run(plan, chat_model, tmp_path / "out", progress=False)
+    run(Unit("all", "MHR", 0))
+    for name in QUANTISED:
+        results = run(Unit("quantised", name, 0))
+        assert [result.task for result in results] == ["order", "summary", "title", "tags", "desk", "chat"]
+    base, _ = run._base(nf4=True)
+    assert isinstance(PeftModel.from_pretrained(base, run._folder("MHR on NF4", 0)), PeftModel)
+    assert type(base.model.layers[0].mlp.up_proj.get_base_layer()).__name__ == "Linear4bit"
