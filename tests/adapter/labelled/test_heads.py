@@ -117,6 +117,51 @@ class TestInAModuleOfOnesOwn:
         assert copied(X).isinf().sum() == 0
         assert model(X).isinf().sum() == 12
 
+    def test_a_set_task_is_known_behind_the_door_too(self):
+        model = adapted()
+        model.set_task("stars")
+        assert model.get_base_model()(X).isinf().sum() == 12
+
+    def test_adapters_of_the_same_model_share_what_it_is_told(self):
+        model = adapted()
+        model.add_adapter("other", own(task_names=NAMES[::-1]))
+        model.set_adapter("other")
+        want = [NAMES[index] for index in (3, 1)]
+        assert torch.equal(model(X[:2], task_ids=[0, 2]), model(X[:2], task_ids=want))
+
+    def test_a_name_that_the_adapter_lets_in_has_no_head(self):
+        model = adapted(unknown_task="mean")
+        for task_ids in ("length", ["topic", "length", "topic", "stars"]):
+            with pytest.raises(ValueError, match=r"Unknown task 'length'.*a row for it, but no head"):
+                model(X, task_ids=task_ids)
+
+    def test_an_optimizer_goes_on_with_the_heads_that_come_and_go(self):
+        model = adapted().train()
+        optimizer = torch.optim.AdamW([p for p in model.named_parameters() if p[1].requires_grad], lr=0.1)
+        heads = model.base_model.model.heads.modules_to_save["default"]
+
+        def step(*tasks):
+            before = {name: heads.linear(place).weight for place, name in enumerate(heads.labels)}
+            model(X[: len(tasks)], task_ids=list(tasks))[:, 0].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return {
+                name for place, name in enumerate(heads.labels) if not torch.equal(heads.pair(place)[0], before[name])
+            }
+
+        assert step("topic", "stars") == {"topic", "stars"}
+        kept = optimizer.state[heads.pair(list(heads.labels).index("stars"))[0]]
+        model.add_tasks(["length"], labels={"length": 6}, optimizer=optimizer)
+        assert "length" in step("length", "topic")
+        gone = heads.pair(list(heads.labels).index("topic"))
+        model.remove_tasks("topic", optimizer=optimizer)
+        assert step("length", "stars") >= {"length", "stars"}
+        assert optimizer.state[heads.pair(list(heads.labels).index("stars"))[0]] is kept
+        known = [p for group in optimizer.param_groups for p in group["params"]]
+        assert not {id(p) for p in gone} & {id(p) for p in (*known, *optimizer.state)}
+        assert {id(p) for p in heads.parameters()} <= {id(p) for p in known}
+        assert all(len(group["params"]) == len(set(group["param_names"])) for group in optimizer.param_groups)
+
     def test_a_recomputation_in_the_backward_has_the_tasks_of_its_forward(self):
         model = peft.get_peft_model(Own(checkpointed=True), own())
         plain = peft.get_peft_model(Own(), own())
@@ -167,6 +212,60 @@ class TestInAModuleOfOnesOwn:
             Own()(X)
         with pytest.raises(ValueError, match=r"No task is known"):
             adapted()(X)
+
+
+class TestOutsideOfTheAdaptedModel:
+    """What belongs to no adapted model finds the tasks of the block that it is called in."""
+
+    def test_it_has_the_tasks_of_the_block(self):
+        outer = Outer()
+        want = outer.heads(outer.encoder(X, task_ids=NAMES), task_ids=NAMES)
+        with use_task(outer, NAMES):
+            assert torch.equal(outer(X), want)
+        with pytest.raises(ValueError, match="No task is known for this call of a TaskHeads"):
+            outer.heads(torch.randn(4, 16))
+
+    def test_of_two_blocks_it_has_those_of_the_inner_one_even_if_they_end_out_of_turn(self):
+        one, two, h = Outer(), Outer(), torch.randn(4, 16)
+        first, second = use_task(one, NAMES), use_task(two, NAMES[::-1])
+        first.__enter__()
+        second.__enter__()
+        assert torch.equal(one.heads(h), one.heads(h, task_ids=NAMES[::-1]))
+        first.__exit__(None, None, None)
+        assert torch.equal(one.heads(h), one.heads(h, task_ids=NAMES[::-1]))
+        second.__exit__(None, None, None)
+        with use_task(two, NAMES), use_task(one, NAMES[::-1]):
+            assert torch.equal(one.heads(h), one.heads(h, task_ids=NAMES[::-1]))
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_a_recomputation_has_them_again(self, reentrant):
+        one, two = Outer(), Outer()
+        h = torch.randn(4, 16, requires_grad=True)
+        for first, second in ((one, two), (two, one)):
+            with use_task(first, NAMES), use_task(second, NAMES[::-1]):
+                y = checkpoint(one.heads, h, use_reentrant=reentrant)
+            (grad,) = torch.autograd.grad(y[:, 0].sum(), h) if not reentrant else (_grad(y[:, 0].sum(), h),)
+            (want,) = torch.autograd.grad(one.heads(h, task_ids=NAMES[::-1])[:, 0].sum(), h)
+            torch.testing.assert_close(grad, want)
+
+
+def _grad(loss, h):
+    h.grad = None
+    loss.backward()
+    return h.grad
+
+
+class Outer(nn.Module):
+    """An adapted encoder, and heads outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = PolyConfig(target_modules=["0"], task_names=NAMES, init_weights=False)
+        self.encoder = peft.get_peft_model(nn.Sequential(nn.Linear(8, 16)), config).eval()
+        self.heads = TaskHeads(16, LABELS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heads(self.encoder(x))
 
 
 def test_compiled_heads_leave_alone_what_no_row_asks_for():
