@@ -414,20 +414,16 @@ class TestRefusals:
 
 
 class TestClassifying:
-    def test_a_mixed_batch_answers_with_the_labels_of_each_task(self, serve, tmp_path):
+    @pytest.fixture
+    def options(self, tmp_path):
         adapted().save_pretrained(tmp_path / "adapter")
         model = adapted().merge_and_unload(task="topic")
         model.save_pretrained(tmp_path / "base")  # merged, for a base that differs
         word_tokenizer().save_pretrained(tmp_path / "base")
-        options = [
-            str(tmp_path / "adapter"),
-            "--model",
-            str(tmp_path / "base"),
-            "--device",
-            "cpu",
-            "--max_length",
-            "12",
-        ]
+        places = [str(tmp_path / "adapter"), "--model", str(tmp_path / "base")]
+        return [*places, "--device", "cpu", "--max_length", "12"]
+
+    def test_a_mixed_batch_answers_with_the_labels_of_each_task(self, serve, options):
         service = serve.load_service(serve.parse(options))
         bodies = [{"task": task, "input": text} for task, text in zip(NAMES * 2, TEXTS[:4] + TEXTS[2:], strict=True)]
         found, stats = post_all(serve.create_app(service, max_batch=8, max_wait=LONG), "/classify", bodies)
@@ -449,6 +445,30 @@ class TestClassifying:
         tasks = talk(serve.create_app(service), lambda http: http.get("/tasks")).json()["tasks"]
         assert tasks[0] == {"task": "sentiment", "kind": "single_label", "labels": LABELS["sentiment"]}
         assert tasks[2] == {"task": "stars", "kind": "regression", "labels": None}
+
+    def test_a_saved_adapter_with_more_tasks_is_taken_with_their_labels(self, serve, options, tmp_path):
+        served = serve.load_service(serve.parse(options))
+        grown = serve.load_service(serve.parse(options)).model
+        grown.add_tasks(["length"], labels={"length": ["short", "long"]})
+        grown.remove_tasks("sentiment")
+        grown.save_pretrained(tmp_path / "grown")
+        app = serve.create_app(served)
+
+        async def session(http):
+            before = await http.post("/classify", json={"task": "topic", "input": TEXTS[0]})
+            served.source = str(tmp_path / "grown")
+            told = [await http.post("/reload"), await http.post("/reload")]
+            tasks = ("topic", "length", "sentiment")
+            return before, told, [await http.post("/classify", json={"task": t, "input": TEXTS[0]}) for t in tasks]
+
+        before, told, (same, new, gone) = talk(app, session)
+        assert [one.status_code for one in (before, *told, same, new, gone)] == [200, 200, 200, 200, 200, 404]
+        assert before.json()["labels"] == same.json()["labels"]
+        assert list(new.json()["probabilities"]) == ["short", "long"]
+
+    def test_a_name_that_would_be_let_in_has_no_labels(self, serve, options):
+        with pytest.raises(SystemExit, match="a task that the adapter does not have has no head"):
+            serve.main([*options, "--unknown_task", "mean"])
 
 
 class TestLoading:

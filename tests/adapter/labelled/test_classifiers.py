@@ -157,6 +157,22 @@ class TestTags:
 
 
 class TestAdapters:
+    def test_one_that_is_given_the_config_of_another_is_its_copy_with_its_heads(self):
+        model = adapted()
+        want = model(**text(), task_ids=NAMES).logits
+        with pytest.warns(UserWarning, match="starts as a copy of 'default'"):
+            model.add_adapter("reference", model.peft_config["default"])
+        model.set_adapter("reference")
+        model.eval()
+        assert torch.equal(model(**text(), task_ids=NAMES).logits, want)
+
+    def test_one_of_gates_has_heads_too(self):
+        model = adapted(poly_type="gates", n_skills=None)
+        found = model(**text(), task_ids=NAMES).logits
+        for row, name in enumerate(NAMES):
+            alone = model(**{key: value[row : row + 1] for key, value in text().items()}, task_ids=name).logits
+            torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
     def test_several_have_heads_of_their_own(self, tmp_path):
         model, inputs = adapted(), text()
         first = model(**inputs, task_ids=NAMES).logits

@@ -33,7 +33,7 @@ class LabelledCalls:
         """Put the hooks on a base model, once."""
         if not any(is_of_labels(hook) for hook in model._forward_hooks.values()):
             model.register_forward_pre_hook(self.before, with_kwargs=True)
-            model.register_forward_hook(self.after, prepend=True)  # before the one that notes the tasks of outputs
+            model.register_forward_hook(self.after, prepend=True)  # while the call is still followed
 
     @staticmethod
     def unhook(model: nn.Module) -> None:
