@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -81,6 +80,9 @@ class PolyModel(TaskVerbs, BaseTuner):
             warn_of_rounding(model)
         found = task_contexts(model)  # adapters that were injected before share their context with new ones
         self.task_context = found[0] if found else TaskContext(self.peft_config)
+        names = list(inspect.signature(type(model).forward).parameters)
+        # Where the base model's own `forward` takes `task_ids`; None if it does not.
+        self.ids_position = names.index("task_ids") - 1 if "task_ids" in names else None
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         follow_calls(model, self.task_context)
@@ -290,12 +292,6 @@ class PolyModel(TaskVerbs, BaseTuner):
                 kwargs["task_ids"] = task_ids
             return self.model.generate(*args, **kwargs)
 
-    @functools.cached_property
-    def ids_position(self) -> Optional[int]:
-        """Where the base model's own `forward` takes `task_ids`; None if it does not."""
-        names = list(inspect.signature(type(self.model).forward).parameters)
-        return names.index("task_ids") - 1 if "task_ids" in names else None
-
     @contextmanager
     def routed_generate(
         self, args: tuple, kwargs: dict[str, Any], task_ids: Optional[TaskIds] = None
@@ -336,8 +332,10 @@ class PolyModel(TaskVerbs, BaseTuner):
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
         routing = self.task_context.routing if task_ids is None else None  # of the door outside of this one
         watched = torch.compiler.is_compiling() or is_transformed() or (batch is not None and bool(batch.unknown))
-        if routing is None and not watched and kept_in_generation() is None:
-            routing = CallRouting(cast(list[Linear], self._layers()), active, batch, n_rows)
+        generates = kept_in_generation() is not None
+        if routing is None and not watched and not (generates and torch.is_grad_enabled()):
+            known = () if generates else active
+            routing = CallRouting(cast(list[Linear], self._layers()), known, batch, n_rows)
         with self.task_context.use(batch, routing):
             yield
 
