@@ -94,6 +94,9 @@ class PolyModel(TaskVerbs, BaseTuner):
             warn_of_rounding(model)
         found = task_contexts(model)  # adapters that were injected before share their context with new ones
         self.task_context = found[0] if found else TaskContext(self.peft_config)
+        names = list(inspect.signature(type(model).forward).parameters)
+        # Where the base model's own `forward` takes `task_ids`; None if it does not.
+        self.ids_position = names.index("task_ids") - 1 if "task_ids" in names else None
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         follow_calls(model, self.task_context)
@@ -119,8 +122,6 @@ class PolyModel(TaskVerbs, BaseTuner):
         check_not_serving(self.task_context, "Adding an adapter")
         source = self._source_of_copy(adapter_name)
         self._adapted: Optional[list[PolyLayer]] = None
-        # Where the base model's own `forward` takes `task_ids`; noted here, for no compiler can look at a signature.
-        self.ids_position = _position_of_ids(type(model).forward)
         self._routers: dict[str, Router] = {}  # of the adapter that is being injected, by the group that shares it
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
@@ -376,8 +377,10 @@ class PolyModel(TaskVerbs, BaseTuner):
         batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
         routing = self.task_context.routing if task_ids is None else None  # of the door outside of this one
         watched = torch.compiler.is_compiling() or is_transformed() or (batch is not None and bool(batch.unknown))
-        if routing is None and not watched and kept_in_generation() is None:
-            routing = CallRouting(cast(list[Linear], self._layers()), active, batch, n_rows)
+        generates = kept_in_generation() is not None
+        if routing is None and not watched and not (generates and torch.is_grad_enabled()):
+            known = () if generates else active
+            routing = CallRouting(cast(list[Linear], self._layers()), known, batch, n_rows)
         with self.task_context.use(batch, routing):
             yield
 
@@ -406,11 +409,6 @@ class PolyModel(TaskVerbs, BaseTuner):
             if isinstance(module, PolyLayer):
                 return not module.disable_adapters
         return False
-
-
-def _position_of_ids(forward: Any) -> Optional[int]:
-    names = list(inspect.signature(forward).parameters)
-    return names.index("task_ids") - 1 if "task_ids" in names else None
 
 
 def tuner_of(model: Any) -> Optional[PolyModel]:

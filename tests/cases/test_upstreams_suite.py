@@ -128,11 +128,11 @@ class Block(nn.Module):
 
 def test_fused_experts_that_are_named_are_said_to_be_left_out():
     with pytest.warns(UserWarning, match=r"\['gate_proj', 'up_proj'\].*`experts.gate_up_proj`"):
-        peft.get_peft_model(Block(), PolyConfig(target_modules=["q_proj", "gate_proj", "up_proj"]))
+        peft.get_peft_model(Block(), PolyConfig(target_modules=["q_proj", "gate_proj", "up_proj"], lora_alpha=8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        peft.get_peft_model(Block(), PolyConfig(target_modules=["q_proj"]))
-        peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), PolyConfig(target_modules=["0", "gate_proj"]))
+        peft.get_peft_model(Block(), PolyConfig(target_modules=["q_proj"], lora_alpha=8))
+        peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), PolyConfig(target_modules=["0", "gate_proj"], lora_alpha=8))
 
 
 @pytest.mark.parametrize(

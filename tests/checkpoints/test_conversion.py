@@ -403,7 +403,7 @@ FROM_HUB = """
 import sys
 import torch
 from peft_poly.checkpoints.conversion import convert_checkpoint
-from peft_poly.from_loras import from_loras
+from peft_poly.checkpoints.from_loras import from_loras
 from tiny import MLP
 convert_checkpoint("user/poly", sys.argv[1] + "/converted")
 from_loras(MLP(), {"a": "user/lora", "b": "user/lora"}).save_pretrained(sys.argv[1] + "/joined")

@@ -99,7 +99,7 @@ def test_text_and_metadata_of_users_are_kept_while_our_section_is_renewed(tmp_pa
     assert "| 0 | old |" not in card.text
     assert [card.text.count(mark) for mark in (saving.BEGIN, saving.END, "## Tasks", "- PEFT ")] == [1, 1, 1, 1]
     assert (card.data.license, card.data.language) == ("mit", ["en"])
-    assert set(card.data.tags) == {"finance", *saving.TAGS}
+    assert set(card.data.tags) == {"finance", "polytropon", *saving.TAGS}
 
 
 def test_a_readme_without_our_section_keeps_its_text_and_gets_one(tmp_path):

@@ -110,8 +110,8 @@ def samples(folder: Path, *callbacks: TrainerCallback) -> list[torch.Tensor]:
     """The routing noise that this rank draws, with the stock Trainer's random order of rows, and the rows."""
     model = build(router_noise=True)
     router = next(module for module in model.modules() if isinstance(module, PolyLayer)).poly_router["default"]
-    drawn, noise_for = [], router.noise_for
-    router.noise_for = lambda tasks: drawn.append(noise_for(tasks)) or drawn[-1]
+    drawn, draw = [], router._draw  # of all layers at once
+    router._draw = lambda *rows: drawn.append(draw(*rows)) or drawn[-1]
     seen = []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     args = trainer(folder, model, max_steps=1).args

@@ -226,7 +226,7 @@ def test_adapters_of_other_methods_cannot_be_added_beside_it():
 def test_nothing_is_warned_about_in_ordinary_use(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = peft.get_peft_model(MLP(), poly("mlp", n_tasks=3))
+        model = peft.get_peft_model(MLP(), poly("mlp", n_tasks=3, lora_alpha=8))
         model(**CASES["mlp"].inputs(), task_ids=[0, 1, 2])
         model.save_pretrained(tmp_path)
         peft.PeftModel.from_pretrained(MLP(), tmp_path)

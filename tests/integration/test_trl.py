@@ -47,6 +47,7 @@ def texts(form: str = "text", column: str = "task") -> datasets.Dataset:
 
 def poly(**settings: Any) -> PolyConfig:
     settings = {"r": 2, "n_skills": 3, "n_splits": 2, "router_noise": False, "init_weights": False, **settings}
+    settings = {"router_lr": 0.5, **settings}  # one rate, as in the plain loop
     return PolyConfig(task_type="CAUSAL_LM", task_names=TASKS, **settings)
 
 

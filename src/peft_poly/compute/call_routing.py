@@ -21,7 +21,7 @@ from ..tasks.batch import TaskBatch
 from .adapted import Adapted
 from .base_layers import PLAIN_TENSORS
 from .kinds.second_derivatives import wants_a_graph
-from .onloading import is_offloaded, onloaded
+from .onloading import is_offloaded, onloaded, refuse_gradient
 from .parts import FIRST_TASK
 
 __all__ = ["CallRouting", "CallWeights", "Share"]
@@ -121,12 +121,12 @@ class Share:
 
     def __init__(self, routing: Routing, place: int, w: torch.Tensor, logits: torch.Tensor, router: Any) -> None:
         self._routing, self._place, self.w, self._logits = routing, place, w, logits
-        self._version = _state(logits)
+        self._version = None if is_offloaded(router) else _state(logits)  # loaded anew for each use
         self.tasks, self.without_gradient = routing.tasks, False
 
     def is_of(self, logits: torch.Tensor) -> bool:
         """Whether the logits are those that were routed by, and as they were."""
-        return logits is self._logits and _state(logits) == self._version
+        return self._version is None or (logits is self._logits and _state(logits) == self._version)
 
     @property
     def stored(self) -> torch.Tensor:
@@ -193,7 +193,7 @@ class CallRouting:
         routed, device = [], None
         for layer in layers:
             router = layer._modules["poly_router"]._modules.get(name)
-            logits = None if router is None else router._parameters.get("module_logits")
+            logits = None if router is None else _logits_of(router)
             if logits is not None and (device is None or device == logits.device) and _is_here(logits, logits.device):
                 device = logits.device
                 routed.append((layer, router, logits))
@@ -279,6 +279,18 @@ def _plainly(
             w, _ = router.route(torch.embedding(of_layer, tasks), None if noise is None else noise[layer])
         found.extend(torch.autograd.grad(w, [of_layer], grad, create_graph=True))
     return found
+
+
+def _logits_of(router: Any) -> Optional[torch.Tensor]:
+    """A router's logits; those of one that is offloaded are loaded, and learn nothing."""
+    if not is_offloaded(router):
+        logits: Optional[torch.Tensor] = router._parameters.get("module_logits")
+        return logits
+    with onloaded(router):
+        logits = router.module_logits
+    if torch.is_grad_enabled() and logits.requires_grad:
+        logits.register_hook(refuse_gradient)
+    return logits
 
 
 def _alike(routed: list[Any]) -> bool:

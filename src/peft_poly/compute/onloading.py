@@ -17,7 +17,7 @@ from torch import nn
 
 from .adapted import Adapted
 
-__all__ = ["at_hand", "execution_device", "is_elsewhere", "is_offloaded", "onloaded"]
+__all__ = ["at_hand", "execution_device", "is_elsewhere", "is_offloaded", "onloaded", "refuse_gradient"]
 
 
 def is_elsewhere(layer: Adapted, names: list[str]) -> bool:
@@ -62,11 +62,12 @@ def at_hand(layer: Adapted, names: list[str], x: torch.Tensor) -> Iterator[None]
                 router: Any = layer.poly_router[name]
                 for tensor in (layer.poly_lora_A[name], layer.poly_lora_B[name], router.module_logits):
                     if tensor.requires_grad and not tensor.is_meta:
-                        tensor.register_hook(_refuse_gradient)
+                        tensor.register_hook(refuse_gradient)
         yield
 
 
-def _refuse_gradient(_: torch.Tensor) -> None:
+def refuse_gradient(_: torch.Tensor) -> None:
+    """Gradient hook of a tensor that was loaded for one use."""
     raise RuntimeError(
         "An adapter that accelerate offloads cannot be trained: its gradients would be lost. Leave the adapter on a "
         "device, with another device map, or freeze it."

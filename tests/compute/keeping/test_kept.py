@@ -60,7 +60,7 @@ def mixes(monkeypatch):
     sizes = []
 
     def counting(mix):
-        return lambda w, *rest: (sizes.append(tuple(w.shape)), mix(w, *rest))[1]
+        return lambda w, *rest, **more: (sizes.append(tuple(w.shape)), mix(w, *rest, **more))[1]
 
     for module, name in ((mixture, "mix_A"), (mixture, "mix_one")):
         monkeypatch.setattr(module, name, counting(getattr(module, name)))
@@ -379,6 +379,8 @@ def test_a_stopping_criterion_that_edits_is_seen_too():
 def test_parameters_made_in_inference_mode_whose_edits_leave_no_trace_are_mixed_for_every_token(mixes):
     with torch.inference_mode():
         model = make_model("llama")
+        for layer in layers_of(model):
+            layer.poly_lora_A._parameters["default"] = nn.Parameter(layer.poly_lora_A["default"].clone())
         generate(model, "llama", [2, 0, 1], use_cache=False)
     assert len(mixes) == NEW * len(layers_of(model))
 

@@ -91,7 +91,7 @@ def test_the_base_that_was_given_is_left_as_it_was():
 @pytest.mark.parametrize("shape", [(3,), (3, 7), (3, 2, 9)], ids=str)
 def test_what_is_added_is_the_sum_over_ranks_token_by_token(shape, rows):
     tensors = make_tensors(shape, rows)
-    x, A, B, s = tensors["x"], tensors["A"][0, 0], tensors["B"][0, 0], tensors["s"]
+    x, A, B, s = tensors["x"], tensors["A"][0, 0], tensors["B"][0, 0], tensors["gates"][:, 0]
     y = torch.zeros(*shape, OUT, dtype=torch.float64)
     add_gated(y, x, s, A, B)
     for index in torch.cartesian_prod(*map(torch.arange, shape)).view(-1, len(shape)).tolist():

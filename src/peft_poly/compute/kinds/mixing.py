@@ -32,14 +32,15 @@ __all__ = ["add_update", "cheaper_together", "mix_A", "mix_B", "mix_one", "worth
 MANY = 64  # tokens of a pair: from MANY on A is worth turning
 
 
-def mix_A(w: torch.Tensor, A: torch.Tensor, turned: bool = False) -> torch.Tensor:
+def mix_A(w: torch.Tensor, A: torch.Tensor, turned: bool = False, placed: bool = False) -> torch.Tensor:
     """`A_t[(h, d), r] = sum_k w[h, k] A[h, k, d, r]`: `(g, h, k), (h, k, d, r) -> (g, h * d, r)`, dtype of A.
 
-    In memory it is `(g, h * d, r)`, or `(g, r, h * d)` if `turned`.
+    In memory it is `(g, h * d, r)`, or `(g, r, h * d)` if `turned`. If `placed` (without autograd, or what looks at
+    operations one by one), each split is written where it belongs, so that nothing is moved afterwards.
     """
     h, k, d, r = A.shape
-    if h > 1 and not (turned or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        mixed = A.new_empty(w.shape[0], h, d * r)  # each split is written where it belongs: nothing is moved afterwards
+    if placed and h > 1 and not turned:
+        mixed = A.new_empty(w.shape[0], h, d * r)
         torch.bmm(_as(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r), out=mixed.transpose(0, 1))
         return mixed.view(-1, h * d, r)
     mixed = torch.bmm(_as(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r))

@@ -56,7 +56,9 @@ class PolyUpdate(torch.autograd.Function):
         else:
             y = to_add_to(cast(torch.Tensor, base), owned=False)
         turned = worth_turning(x, len(w))
-        u = add_in_runs(y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A, turned), mix_B(w, B), scale)
+        u = add_in_runs(
+            y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A, turned, placed=True), mix_B(w, B), scale
+        )
         p, tasks = (None, None) if own is None else (own.p, own.tasks)
         ctx.save_for_backward(x, u, w, p, A, B, weight, tasks, logits)
         ctx.own, ctx.scale = own, scale
@@ -82,7 +84,9 @@ class PolyUpdate(torch.autograd.Function):
         grad_u = scaled_product(mix_B(w, B), grad_y.transpose(1, 2), ctx.scale)
         grad_x = None
         if needs_x:
-            grad_x = grad_input(grad_runs, grad_u.transpose(1, 2), mix_A(w, A).transpose(1, 2), weight, x.dtype)
+            grad_x = grad_input(
+                grad_runs, grad_u.transpose(1, 2), mix_A(w, A, placed=True).transpose(1, 2), weight, x.dtype
+            )
             grad_x = grad_x.view(x.shape)
         if not (needs_A or needs_B or needs_w or needs_logits):
             return grad_base, grad_x, *[None] * 8

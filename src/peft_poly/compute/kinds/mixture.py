@@ -256,4 +256,4 @@ def mixed(
     w = routed_without(layer, name, logits, ids, tasks)
     if w.shape[0] == 1:
         return mix_one(w, A, B)
-    return mix_A(w, A, worth_turning(x, w.shape[0])), mix_B(w, B)
+    return mix_A(w, A, worth_turning(x, w.shape[0]), placed=True), mix_B(w, B)
