@@ -206,7 +206,7 @@ class PolyRouter(Router):
 
     def noise_like(self, z: torch.Tensor) -> Optional[torch.Tensor]:
         """Noise of the relaxed Bernoulli, a draw per row of z `(..., h * k)`: `(..., h, k)`; None without noise."""
-        return self._draw(*z.shape[:-1]) if self.samples else None
+        return self._draw(z.shape[:-1], z) if self.samples else None
 
     def route(self, z: torch.Tensor, noise: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mixing weights w and the p before normalising, `(..., h, k)`, at least float32.
@@ -246,9 +246,8 @@ class PolyRouter(Router):
 
     def noise_for(self, tasks: torch.Tensor) -> Optional[torch.Tensor]:
         """Noise for one draw per entry of `tasks`, `(g, h, k)`; None if this router does not sample now."""
-        return self._draw(tasks.shape[0]) if self.samples else None
+        return self._draw(tasks.shape, self.module_logits) if self.samples else None
 
-    def _draw(self, *rows: int) -> torch.Tensor:
-        logits = self.module_logits
-        dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
-        return _logistic(torch.rand(*rows, self.n_splits, self.n_skills, dtype=dtype, device=logits.device))
+    def _draw(self, rows: torch.Size, like: torch.Tensor) -> torch.Tensor:
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        return _logistic(torch.rand(*rows, self.n_splits, self.n_skills, dtype=dtype, device=like.device))

@@ -151,8 +151,8 @@ class TestNothingStays:
     def test_the_mixed_pairs_go_with_the_call(self, monkeypatch):
         made, mix = [], mixture.mix_A
 
-        def noting(*args):
-            pair = mix(*args)
+        def noting(*args, **more):
+            pair = mix(*args, **more)
             made.append(weakref.ref(pair))
             return pair
 
