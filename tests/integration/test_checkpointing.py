@@ -96,7 +96,7 @@ def test_a_mixed_batch_has_bit_equal_gradients(case, settings, use_reentrant):
 @REENTRANT
 def test_an_encoder_and_a_decoder(use_reentrant):
     """T5 takes another attention kernel while it checkpoints: its outputs are rounded otherwise, with LoRA too."""
-    model, step = tuned("t5"), partial(loss_of, CASES["t5"], MIXED)
+    model, step = tuned("t5").double(), partial(loss_of, CASES["t5"], MIXED)  # in which rounding is small
     equal_but_for_rounding(run(switched_on(model, use_reentrant), step), run(model, step))
 
 
