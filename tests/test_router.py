@@ -181,7 +181,9 @@ class TestRefusals:
     def test_an_unknown_kind_of_router_is_refused(self):
         config = PolyConfig()
         config.poly_type = "c-poly"
-        with pytest.raises(ValueError, match=r"^Unsupported poly_type 'c-poly'\. Supported are: \['gates', 'poly'\]\.$"):
+        with pytest.raises(
+            ValueError, match=r"^Unsupported poly_type 'c-poly'\. Supported are: \['gates', 'poly'\]\.$"
+        ):
             get_router(config)
 
     def test_the_base_class_is_abstract(self):
