@@ -171,7 +171,7 @@ class TestPrograms:
 
     def test_the_table_of_launches_is_written(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(launches, "WORK", (launches.DECODE,))
-        monkeypatch.setattr(launches, "LIMITS", {(launches.DECODE, "mhr"): launches.Limit(2.0)})
+        monkeypatch.setattr(launches, "LIMITS", {(launches.DECODE, "mhr"): 2.0})
         page = tmp_path / "page.md"
         page.write_text("<!-- launches -->\n<!-- /launches -->\n", encoding="utf-8")
         launches.main(["--docs", str(page)])

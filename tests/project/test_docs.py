@@ -25,7 +25,7 @@ LINKED = [
 BLOCK = re.compile(r"^(?P<fence>`{3,})(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=fence)[ ]*$", re.DOTALL | re.MULTILINE)
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^\n]+?) -->\s*\Z")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)|!\[[^\]]*\]\((?P<image>[^)\s]+)\)")
-TEST = re.compile(r"`(?P<file>(?:tests/)?(?:\w+/)?test_\w+\.py)(?:::(?P<name>[\w:]+))?`")
+TEST = re.compile(r"`(?P<file>(?:tests/)?(?:\w+/)*test_\w+\.py)(?:::(?P<name>[\w:]+))?`")
 
 per_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

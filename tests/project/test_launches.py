@@ -52,21 +52,9 @@ def test_adapter_names_runs_ten_operators_for_each_task(counts):
 
 @pytest.mark.parametrize(("work", "kind"), launches.LIMITS, ids=str)
 def test_a_layer_runs_no_more_operators_than_its_limit(counts, work, kind):
-    if kind not in counts[work]:
-        pytest.skip("to come")
-    assert counts[work][kind] <= launches.LIMITS[work, kind].held
-
-
-@pytest.mark.parametrize(
-    "limit", [key for key, limit in launches.LIMITS.items() if limit.until_then is not None], ids=str
-)
-def test_a_limit_that_is_held_until_an_aim_is_reached_goes_when_it_is(counts, limit):
-    work, kind = limit
-    assert counts[work].get(kind, float("inf")) > launches.LIMITS[limit].aim, "take `until_then` out of LIMITS"
+    assert counts[work][kind] <= launches.LIMITS[work, kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_takes_the_same_operators_for_one_task_and_for_eight(counts, kind):
-    if kind not in counts[launches.DECODE]:
-        pytest.skip("to come")
     assert counts[launches.DECODE_ONE][kind] == counts[launches.DECODE][kind]
