@@ -262,7 +262,8 @@ class TestInABrowser:
     def test_the_page_of_the_config_has_every_setting_and_its_default(self, browser, address):
         browser.get(f"{address}/reference/config.html")
         (signature,) = wait_for(browser, "dt#peft_poly\\.PolyConfig")
-        assert "r=8" in signature.text and "router_temperature=1.0" in signature.text
+        assert "r=8" in signature.text
+        assert "router_temperature=1.0" in signature.text
         described = {term.text for term in wait_for(browser, "dl.class dd li > p > strong:first-child")}
         ours = set(vars(peft_poly.PolyConfig)["__annotations__"])
         assert ours <= described
