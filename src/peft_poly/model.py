@@ -1,12 +1,11 @@
-"""`PolyModel`: puts task-routed layers into a model, saves and loads them, and opens the context of each call."""
+"""`PolyModel`: puts task-routed layers into a model, saves and loads them."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Optional, cast
 
 import torch
@@ -29,10 +28,9 @@ from .adapter.labelled.classifiers import (
     tell_heads,
     train_shared_layers,
 )
-from .adapter.labelled.heads import TaskHeads
+from .adapter.routed_calls import PASSED, RoutedCalls
 from .adapter.sharing import router_group, shared_router_keys
 from .adapter.targets import check_architecture, check_target, warn_of_fused_experts
-from .compute.call_routing import CallRouting
 from .compute.gradients import let_gradients_pass, warn_of_rounding
 from .compute.keeping.serving import check_not_serving
 from .compute.onloading import is_offloaded
@@ -41,21 +39,16 @@ from .config import PolyConfig
 from .layer import Linear, PolyLayer
 from .recommended import plain_defaults_message
 from .router import Router, get_router
-from .tasks.batch import generation, how_rows_repeat, kept_in_generation
 from .tasks.choosing import task_contexts
 from .tasks.context import TaskContext
-from .tasks.ids import TaskIds, rows_of_call
 from .tasks.rows.by_task import let_attention_compute_by_task
 from .tasks.rows.calls import follow_calls, stop_following
-from .tasks.transforms import is_transformed
 from .verbs import TaskVerbs
 
 __all__ = ["PASSED", "PolyModel", "tuner_of"]
 
-PASSED = "_task_ids_of_base_model"  # PEFT's classes take `task_ids` out of a call, and hand on what they do not know
 
-
-class PolyModel(TaskVerbs, BaseTuner):
+class PolyModel(RoutedCalls, TaskVerbs, BaseTuner):
     """Task-routed adapters (Polytropon, arXiv 2202.13914; MHR, arXiv 2211.03831) in a model.
 
     Made by `peft.get_peft_model(model, PolyConfig(...))`; its verbs are reached through the `PeftModel`.
@@ -295,120 +288,9 @@ class PolyModel(TaskVerbs, BaseTuner):
                 train_shared_layers(self.model, cast(PolyConfig, self.peft_config[name]), name, False)
         return super().train(mode)
 
-    def forward(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
-        """The base model's forward, routed.
-
-        Args:
-            args: arguments of the base model.
-            task_ids: tasks of the rows, as in `PolyModel.routed`.
-            kwargs: arguments of the base model.
-
-        Returns:
-            What the base model returns. One whose own `forward` takes `task_ids` gets what was passed.
-
-        Raises:
-            ValueError: as `PolyModel.routed`.
-        """
-        passed = kwargs.pop(PASSED, task_ids)
-        if task_ids is None and self.ids_position is not None and len(args) > self.ids_position:
-            task_ids = args[self.ids_position]
-        with self.routed(args, kwargs, task_ids):
-            if passed is not None and self.ids_position is not None:
-                kwargs["task_ids"] = passed
-            return self.model(*args, **kwargs)
-
-    def generate(self, *args: Any, task_ids: Optional[TaskIds] = None, **kwargs: Any) -> Any:
-        """The base model's `generate`, routed; rows that it repeats (beams, returned sequences) keep their task.
-
-        Args:
-            args: arguments of the base model.
-            task_ids: tasks of the rows, as in `PolyModel.routed`.
-            kwargs: arguments of the base model.
-
-        Returns:
-            What the base model returns.
-
-        Raises:
-            ValueError: as `PolyModel.routed`.
-        """
-        with self.routed_generate(args, kwargs, task_ids):
-            if task_ids is not None and self.ids_position is not None:
-                kwargs["task_ids"] = task_ids
-            return self.model.generate(*args, **kwargs)
-
-    @contextmanager
-    def routed_generate(
-        self, args: tuple, kwargs: dict[str, Any], task_ids: Optional[TaskIds] = None
-    ) -> Iterator[None]:
-        """As `routed`, for `generate`: transformers', or the model's own.
-
-        Args:
-            args: positional arguments of the call.
-            kwargs: its keyword arguments.
-            task_ids: tasks of the rows, as in `routed`.
-
-        Raises:
-            ValueError: as `routed`.
-        """
-        with generation(*how_rows_repeat(self.model, kwargs)), self.routed(args, kwargs, task_ids):
-            yield
-
-    @contextmanager
-    def routed(self, args: tuple, kwargs: dict[str, Any], task_ids: Optional[TaskIds] = None) -> Iterator[None]:
-        """The context of one call: checks its tasks and makes them known to the layers.
-
-        Args:
-            args: positional arguments of the call, which tell the number of rows.
-            kwargs: its keyword arguments.
-            task_ids: a tensor `(b,)` or `(b, 1)`, a list of ids or names, one id or name for all rows; None for those
-                of `use_task` or `set_task`.
-
-        Raises:
-            ValueError: the tasks are unknown, out of range, or not as many as rows; or none was said.
-        """
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("`adapter_names` is for LoRA; the rows of a task-routed adapter take `task_ids`.")
-        active = [name for name in self.active_adapters if name in self.peft_config]
-        if not active or not self._enabled:
-            with self._base_tasks(task_ids, active):
-                yield
-            return
-        n_rows = rows_of_call(args, kwargs)[0]
-        batch = self.task_context.of_call(task_ids, active, None if task_ids is None else n_rows)
-        routing = self.task_context.routing if task_ids is None else None  # of the door outside of this one
-        watched = torch.compiler.is_compiling() or is_transformed() or (batch is not None and bool(batch.unknown))
-        generates = kept_in_generation() is not None
-        if routing is None and not watched and not (generates and torch.is_grad_enabled()):
-            known = () if generates else active
-            routing = CallRouting(cast(list[Linear], self._layers()), known, batch, n_rows)
-        with self.task_context.use(batch, routing):
-            yield
-
-    @contextmanager
-    def _base_tasks(self, task_ids: Optional[TaskIds], active: list[str]) -> Iterator[None]:
-        """Without the adapter, a base model that has `TaskHeads` of its own still wants to know the tasks."""
-        own = (module for module in self.model.modules() if isinstance(module, TaskHeads) and not module.adapter_name)
-        if task_ids is None or not active or next(own, None) is None:
-            yield
-            return
-        with self.task_context.use(self.task_context.resolve(task_ids, active)):
-            yield
-
-    def _layers(self) -> list[PolyLayer]:
-        if self._adapted is None:
-            self._adapted = [module for module in self.model.modules() if isinstance(module, PolyLayer)]
-        return self._adapted
-
     @property
     def _trains(self) -> bool:
         return any(p.requires_grad for name, p in self.model.named_parameters() if self.prefix in name)
-
-    @property
-    def _enabled(self) -> bool:
-        for module in self.modules():  # not `next(...)`, which the compiler of torch 2.8 cannot trace
-            if isinstance(module, PolyLayer):
-                return not module.disable_adapters
-        return False
 
 
 def tuner_of(model: Any) -> Optional[PolyModel]:
