@@ -11,7 +11,7 @@ from peft.tuners.poly.router import PolyRouter as PeftPolyRouter
 from torch.distributions import RelaxedBernoulli
 
 from peft_poly import PolyConfig, PolyRouter, Router, get_router
-from peft_poly.router import relaxed_bernoulli
+from peft_poly.router import logistic_noise, weigh
 
 SIZES = [(1, 1, 1), (1, 1, 4), (3, 1, 5), (2, 4, 1), (5, 3, 2), (3, 4, 8)]  # n_tasks, n_splits, n_skills
 
@@ -63,6 +63,10 @@ def test_the_logits_of_one_split_do_not_touch_the_weights_of_another():
 def test_ids_may_be_a_column_or_int32(ids):
     router = make_router()
     assert torch.equal(router(ids), router(torch.tensor([0, 2])))
+
+
+def relaxed_bernoulli(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return weigh(logits, logistic_noise(logits), temperature)[1]
 
 
 class TestSampling:

@@ -37,16 +37,11 @@ def get_router(poly_config: PolyConfig) -> Router:
     return KINDS[poly_config.poly_type].router(poly_config)
 
 
-def relaxed_bernoulli(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """A differentiable sample of a relaxed Bernoulli for each element of `logits`; same shape and dtype.
+def logistic_noise(like: torch.Tensor) -> torch.Tensor:
+    """`logit(u)`, u ~ U(0, 1): the noise of a relaxed Bernoulli, of the shape, dtype and device of `like`.
 
     `u` is clamped to [eps, 1 - eps] as `torch.distributions` does, so that its logit is finite.
     """
-    return torch.sigmoid((logits + logistic_noise(logits)) / temperature)
-
-
-def logistic_noise(like: torch.Tensor) -> torch.Tensor:
-    """`logit(u)`, u ~ U(0, 1): the noise of a relaxed Bernoulli, of the shape, dtype and device of `like`."""
     return _logistic(torch.rand_like(like))
 
 
