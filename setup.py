@@ -1,6 +1,6 @@
 """Packaging of peft-poly; tools are configured in pyproject.toml.
 
-A lower bound is the oldest release that this package was run with; the table in README.md ("Versions") says how.
+A lower bound is the oldest release that this package was run with; the table in docs/versions-and-limits.md says how.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What the feature table of the README says that PEFT's own Poly cannot do is so, in the PEFT version it names."""
+"""What the table of the guide "Move from PEFT's Poly" says that PEFT's own Poly cannot do is so, in the PEFT version it names."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from transformers import Trainer
 
 from peft_poly import DataCollatorWithTaskIds
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-NAMED = Version(re.search(r"PEFT's Poly \(peft ([\d.]+)\)", README)[1])
+GUIDE = (Path(__file__).parent.parent / "docs/guides/from-pefts-poly.md").read_text(encoding="utf-8")
+NAMED = Version(re.search(r"PEFT's Poly \(peft ([\d.]+)\)", GUIDE)[1])
 
-pytestmark = pytest.mark.skipif(Version(peft.__version__) != NAMED, reason=f"the README's table is about peft {NAMED}")
+pytestmark = pytest.mark.skipif(Version(peft.__version__) != NAMED, reason=f"the guide's table is about peft {NAMED}")
 
 IDS = torch.randint(3, 61, (3, 5), generator=torch.Generator().manual_seed(0))
 TASKS = torch.tensor([0, 1, 2])

@@ -24,7 +24,10 @@ import peft_poly
 from peft_poly.compat import PEFT_VERSIONS
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CITATION, VERSIONS = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/citation.md", "docs/versions-and-limits.md")
+)
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 VERBS = ["demo", "demo-llm", "serve", "test", "test-servers", "quality", "style", "docs", "bench", "bench-quick"]
 VERBS += ["bench-quality", "bench-personal", "bench-tenants", "bench-assistants", "clean"]
@@ -118,8 +121,8 @@ class TestDistributions:
         }
         assert wanted["peft"] == Requirement(PEFT_VERSIONS).specifier
 
-    def test_every_requirement_has_a_lower_bound_that_the_readme_has_too(self, metadata):
-        table = README.partition("## Versions")[2].partition("\n## ")[0]
+    def test_every_requirement_has_a_lower_bound_that_the_page_of_versions_has_too(self, metadata):
+        table = VERSIONS.partition("## Versions")[2].partition("\n## ")[0]
         oldest = dict(re.findall(r"^\| `?([\w-]+)`? \| ([\d.]+) \|", table, re.MULTILINE))
         for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
             bounds = [part.version for part in requirement.specifier if part.operator == ">="]
@@ -127,7 +130,7 @@ class TestDistributions:
             if not requirement.marker:
                 stated = oldest[requirement.name]
                 assert stated in requirement.specifier, requirement
-                assert (stated + ".").startswith(bounds[0] + "."), f"{requirement} but the README has {stated}"
+                assert (stated + ".").startswith(bounds[0] + "."), f"{requirement} but the page has {stated}"
 
     def test_the_dev_extra_has_all_the_others(self, metadata):
         by_extra: dict[str, set[str]] = {}
@@ -204,7 +207,7 @@ class TestContinuousIntegration:
         assert "make docs INTERSPHINX=1" in [step.get("run") for step in workflow["jobs"]["docs"]["steps"]]
 
 
-def test_the_citation_has_what_its_format_requires_and_the_papers_as_the_readme_cites_them():
+def test_the_citation_has_what_its_format_requires_and_the_papers_as_the_docs_cite_them():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"
     assert citation.keys() >= {"authors", "message", "title"}  # all that the schema of 1.2.0 requires
@@ -213,8 +216,8 @@ def test_the_citation_has_what_its_format_requires_and_the_papers_as_the_readme_
         assert cited["title"]
         assert all(author.keys() >= {"family-names", "given-names"} or author["name"] for author in cited["authors"])
     for paper in citation["references"]:
-        assert f"{{{paper['title']}}}" in README
-        assert all(f"{author['family-names']}, {author['given-names']}" in README for author in paper["authors"])
+        assert f"{{{paper['title']}}}" in CITATION
+        assert all(f"{author['family-names']}, {author['given-names']}" in CITATION for author in paper["authors"])
 
 
 def test_the_citation_has_the_version_and_both_papers():
@@ -222,7 +225,8 @@ def test_the_citation_has_the_version_and_both_papers():
     assert citation["version"] == peft_poly.__version__
     papers = [identifier["value"] for paper in citation["references"] for identifier in paper["identifiers"]]
     assert papers == ["arXiv:2202.13914", "arXiv:2211.03831"]
-    assert all(paper in README for paper in papers)
+    assert all(paper in CITATION for paper in papers)
+    assert all(paper.removeprefix("arXiv:") in README for paper in papers)
 
 
 def test_the_changelog_has_the_version():
