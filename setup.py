@@ -37,7 +37,6 @@ EXTRAS["test"] = [
     "selenium>=4.20",
     "setuptools>=77",
     "torchao>=0.18",
-    "transformers>=4.57,!=5.24.*",  # its own `add_adapter` refuses every released PEFT
 ]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -1,4 +1,4 @@
-"""What the table of the guide "Move from PEFT's Poly" says that PEFT's own Poly cannot do is so, in the PEFT version it names."""
+"""What a guide's table says that PEFT's own Poly cannot do is so, in the PEFT version that it names."""
 
 from __future__ import annotations
 

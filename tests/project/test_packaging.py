@@ -171,6 +171,11 @@ class TestMakefile:
         assert places == sorted(places)
         assert places[-1] < len(lines) - 1
 
+    def test_all_verbs_hold_back_the_same_releases_so_that_none_changes_what_another_installed(self, tmp_path):
+        for verb in VERBS:
+            lines = self.commands(verb, f"VENV={tmp_path}/env", "DATA=a-folder").splitlines()
+            assert all(line.endswith(" -c constraints.txt") for line in lines if 'pip install -e ".[' in line)
+
     def test_the_quality_benchmark_asks_for_its_folder(self):
         made = subprocess.run(["make", "-n", "bench-quality"], cwd=ROOT, capture_output=True, text=True)
         assert made.returncode != 0
