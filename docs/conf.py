@@ -4,6 +4,9 @@ Links into the documentation of PEFT, transformers and torch need the inventorie
 So they are made only when asked for, by `make docs INTERSPHINX=1`, as CI does, and for the sites that answer; else the
 same names are plain code.
 Names of this package must resolve either way.
+
+`make docs SITE=https://... REPOSITORY=https://...` says where the site will lie, for its sitemap, and where the sources
+do, for the links to the repository and to the text of each page; a workflow on GitHub knows the second itself.
 """
 
 import os
@@ -28,10 +31,13 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
     "command_help",
     "docstrings",
     "mathml",
+    "parameters",
     "repository_files",
+    "tables",
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
@@ -88,3 +94,24 @@ html_copy_source = False
 html_domain_indices = False
 html_show_sphinx = False
 html_math_renderer = "mathml"
+copybutton_selector = (
+    "div:not(.highlight-text, .highlight-none) > div.highlight > pre"  # what is typed, not what is printed
+)
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+if site := os.environ.get("SITE"):
+    extensions.append("sphinx_sitemap")
+    html_baseurl = site.rstrip("/") + "/"
+    sitemap_url_scheme = "{link}"
+
+repository = os.environ.get("REPOSITORY")
+if not repository and "GITHUB_REPOSITORY" in os.environ:
+    repository = f"{os.environ['GITHUB_SERVER_URL']}/{os.environ['GITHUB_REPOSITORY']}"
+if repository:
+    html_theme_options = {
+        "source_repository": repository,
+        "source_branch": "main",
+        "source_directory": "docs/",
+        "footer_icons": [{"name": "Repository", "url": repository, "html": "Repository", "class": "repository"}],
+    }

@@ -30,8 +30,16 @@ ROOT = Path(__file__).parents[2]
 PUBLIC = ("peft_poly", "peft_poly.insight")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-PAGES = ("start.html", "how-routing-works.html", "guides/tasks.html", "reference/config.html", "benchmarks/speed.html")
+PAGES = (
+    "index.html",
+    "start.html",
+    "how-routing-works.html",
+    "guides/tasks.html",
+    "reference/config.html",
+    "benchmarks/speed.html",
+)
 PHONE, WIDE = 390, 1400
+SITE, REPOSITORY = "https://example.org/peft-poly", "https://github.com/example/peft-poly"
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +62,7 @@ def site(tmp_path_factory):
                 "-d",
                 shared / "doctrees",
             ]
-            env = {key: value for key, value in os.environ.items() if key != "INTERSPHINX"}
+            env = {**os.environ, "INTERSPHINX": "0", "SITE": SITE, "REPOSITORY": REPOSITORY}
             done = subprocess.run(
                 [*command, ROOT / "docs", target], capture_output=True, text=True, env=env, check=False
             )
@@ -134,6 +142,20 @@ class TestReference:
     def test_a_setting_can_be_looked_up(self, documented):
         assert documented["peft_poly.PolyConfig"].startswith("reference/config.html")
 
+    def test_each_setting_has_its_default_beside_it_and_an_anchor(self, site, pages):
+        page = site / "reference/config.html"
+        own = inspect.signature(peft_poly.PolyConfig).parameters
+        ours = [name for name in vars(peft_poly.PolyConfig)["__annotations__"] if name in own]
+        assert not {f"peft_poly.PolyConfig.params.{name}" for name in ours} - pages[page].anchors
+        text = re.sub("<.*?>", "", page.read_text(encoding="utf-8"))
+        assert not [name for name in ours if f"{name} = {own[name].default!r} (" not in text.replace("&#39;", "'")]
+
+    def test_the_settings_come_before_what_every_config_of_peft_has(self, site):
+        text = re.sub("<.*?>", "", (site / "reference/config.html").read_text(encoding="utf-8"))
+        signature = text.partition("class PolyConfig(")[2].partition(")")[0]
+        assert signature.index("unknown_task=") < signature.index("revision=")
+        assert "peft_version" not in signature
+
     def test_every_command_and_option_is_in_it(self, site):
         from typer.main import get_command
 
@@ -160,6 +182,17 @@ class TestLinks:
                 ):
                     broken.append(f"{page.relative_to(site)}: {link}")
         assert not broken
+
+    def test_a_page_leads_to_its_text_in_the_repository(self, site, pages):
+        links = pages[site / "guides/tasks.html"].links
+        assert {REPOSITORY, f"{REPOSITORY}/edit/main/docs/guides/tasks.md"} <= set(links)
+
+    def test_the_sitemap_has_every_page(self, site, pages):
+        listed = re.findall("<loc>(.*?)</loc>", (site / "sitemap.xml").read_text(encoding="utf-8"))
+        assert {f"{SITE}/{page.relative_to(site).as_posix()}" for page in pages} == set(listed)
+
+    def test_every_page_says_the_version(self, pages):
+        assert not [page for page in pages if f"peft-poly {peft_poly.__version__}" not in page.read_text("utf-8")]
 
     def test_nothing_is_loaded_from_elsewhere(self, pages):
         assert not [url for content in pages.values() for url in content.loaded if re.match(r"(https?:)?//", url)]
@@ -242,6 +275,30 @@ class TestInABrowser:
         wait_for(browser, "h1")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert not [line for line in browser.get_log("browser") if "favicon" not in line["message"]]
+
+    @pytest.mark.parametrize(("width", "box"), [(WIDE, "pre"), (WIDE, ".table-wrapper"), (PHONE, ".table-wrapper")])
+    def test_no_table_scrolls_sideways_and_no_code_is_cut_off(self, browser, address, site, pages, width, box):
+        resize(browser, width)
+        too_wide = []
+        for page in pages:
+            browser.get(f"{address}/{page.relative_to(site).as_posix()}")
+            too_wide += [(page.name, text) for text in browser.execute_script(
+                f"return [...document.querySelectorAll('article {box}')]"
+                ".filter(box => box.scrollWidth > box.clientWidth).map(box => box.innerText.slice(0, 80))"
+            )]  # fmt: skip
+        assert not too_wide
+
+    def test_code_can_be_copied_and_output_cannot(self, browser, address):
+        resize(browser, WIDE)
+        browser.get(f"{address}/start.html")
+        assert wait_for(browser, ".highlight-python button.copybtn")
+        assert not browser.execute_script("return document.querySelectorAll('.highlight-text button.copybtn').length")
+
+    def test_a_phone_shows_the_heading_beside_each_cell_of_a_wide_table(self, browser, address):
+        resize(browser, PHONE)
+        browser.get(f"{address}/guides/few-shot.html")
+        label = "getComputedStyle(document.querySelector('table.wide td'), '::before').content"
+        assert browser.execute_script(f"return {label}") == '"regime"'
 
     def test_the_start_page_leads_through_all_others(self, browser, address):
         resize(browser, WIDE)
