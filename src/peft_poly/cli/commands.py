@@ -16,6 +16,12 @@ from peft.config import PeftConfig
 from ..checkpoints.conversion import convert_checkpoint
 from ..checkpoints.reading import read_routing
 from ..checkpoints.staging import check_target, staged
+from ..compare.comparison import Settings
+from ..compare.learning.encoder import default_encoder
+from ..compare.plots import check_can_draw, save_plot
+from ..compare.runs import compare_methods
+from ..compare.table import as_numbers, comparison_table
+from ..compare.verdict import verdict
 from ..config import PolyConfig
 from ..insight.plots import save_plots
 from ..insight.report import write_report
@@ -23,7 +29,7 @@ from . import tables
 from .bases import base_model_name, hollow_base_model, load_base_model, save_tokenizer
 from .terminal import console, note, print_json, quiet_libraries, working
 
-__all__ = ["convert", "export", "inspect", "merge"]
+__all__ = ["compare", "convert", "export", "inspect", "merge"]
 
 
 def inspect(
@@ -101,6 +107,32 @@ def convert(
         print_json({"folder": str(written), "peft_type": to})
     else:
         print(written)
+
+
+def compare(
+    data: Path,
+    base: Optional[str],
+    output: Path,
+    settings: dict[str, Any],
+    *,
+    plot: Optional[Path],
+    as_json: bool,
+    force: bool,
+) -> None:
+    """Train the rivals on a folder of tasks, and say whether routing pays there."""
+    _check_free(plot, force)
+    if plot is not None:
+        check_can_draw(plot)
+    quiet_libraries()
+    found = compare_methods(data, base or default_encoder(), output, Settings(**settings), note)
+    if plot is not None:
+        save_plot(found, plot)
+        note(f"wrote {plot}")
+    if as_json:
+        print_json(as_numbers(found))
+    else:
+        console().print(comparison_table(found))
+        print(verdict(found))
 
 
 # ------------------------------------------------------------------------------------------------------------- input
