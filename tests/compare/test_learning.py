@@ -51,9 +51,9 @@ def test_sizes_are_about_those_of_the_recommended_adapter(made, tasks):
         model.unload()
     recommended = PolyConfig.recommended(task_names=tasks.names)
     skills = recommended.r * recommended.n_skills
-    assert sizes["Poly"] == skills * PER_RANK + LAYERS * 3 * recommended.n_skills
-    assert sizes["gates"] == 24 * (PER_RANK + LAYERS * 3)
-    assert sizes["one shared LoRA"] == round(sizes["Poly"] / PER_RANK) * PER_RANK
+    assert sizes["Poly, head per task"] == skills * PER_RANK + LAYERS * 3 * recommended.n_skills
+    assert sizes["gates, head per task"] == 24 * (PER_RANK + LAYERS * 3)
+    assert sizes["one shared LoRA"] == round(sizes["Poly, head per task"] / PER_RANK) * PER_RANK
     assert sizes["a LoRA per task"] == 3 * round(sizes["one shared LoRA"] / PER_RANK / 3) * PER_RANK
 
 

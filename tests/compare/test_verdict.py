@@ -14,6 +14,7 @@ from peft_poly.compare.learning.training import Trained
 
 ROWS = 400
 NAMES = [method.name for method in METHODS]
+GATES, POLY = NAMES[-2:]
 BASE = dict.fromkeys(NAMES, 0.7)
 
 
@@ -30,40 +31,44 @@ def comparison(shares: dict[str, float], rows: int = ROWS, apart: bool = False) 
 
 
 def test_routing_pays_where_it_is_ahead_of_every_rival():
-    said = verdict(comparison({**BASE, "a LoRA per task": 0.75, "Poly": 0.85, "gates": 0.6}))
-    assert said.startswith("For these tasks routing pays: Poly is ahead of every rival, of the nearest, a LoRA per ")
+    said = verdict(comparison({**BASE, "a LoRA per task": 0.75, POLY: 0.85, GATES: 0.6}))
+    assert said.startswith(
+        "For these tasks routing pays: Poly, head per task is ahead of every rival, of the nearest, a LoRA per "
+    )
     assert "by +10.0 (95 % interval +" in said
-    assert said.endswith("So train `PolyConfig.recommended()`.")
+    assert said.endswith("So train `PolyConfig.recommended(task_labels=...)`.")
 
 
 def test_the_kind_of_routing_is_chosen_on_validation_rows():
-    found = comparison({**BASE, "gates": 0.9, "Poly": 0.85})
-    found.runs["Poly"] = [Trained(10, 0.99, 0.5, found.runs["Poly"][0].right, 1000)]
-    assert "Poly is ahead of every rival" in verdict(found)
+    found = comparison({**BASE, GATES: 0.9, POLY: 0.85})
+    found.runs[POLY] = [Trained(10, 0.99, 0.5, found.runs[POLY][0].right, 1000)]
+    assert "Poly, head per task is ahead of every rival" in verdict(found)
 
 
 def test_a_shared_lora_that_is_level_is_enough():
-    said = verdict(comparison({**BASE, "Poly": 0.702, "gates": 0.6}, rows=20_000, apart=True))
-    assert said.startswith("For these tasks one shared LoRA does as well: Poly is +0.2 (95 % interval -")
+    said = verdict(comparison({**BASE, POLY: 0.702, GATES: 0.6}, rows=20_000, apart=True))
+    assert said.startswith("For these tasks one shared LoRA does as well: Poly, head per task is +0.2 (95 % interval -")
     assert said.endswith("So train one LoRA on all rows.")
 
 
 def test_the_simplest_of_those_that_are_level_is_advised():
-    shares = {**BASE, "one shared LoRA": 0.5, "Poly": 0.7, "gates": 0.6}
+    shares = {**BASE, "one shared LoRA": 0.5, POLY: 0.7, GATES: 0.6}
     said = verdict(comparison(shares, rows=4000))
     assert said.startswith("For these tasks shared LoRA, told the task does as well")
     assert said.endswith("So train one LoRA, and put the task's name before each text.")
 
 
 def test_a_rival_that_is_ahead_of_routing_is_advised():
-    said = verdict(comparison({**BASE, "a LoRA per task": 0.9, "Poly": 0.8, "gates": 0.6}))
-    assert said.startswith("For these tasks routing does not pay: a LoRA per task is ahead of Poly by +10.0")
+    said = verdict(comparison({**BASE, "a LoRA per task": 0.9, POLY: 0.8, GATES: 0.6}))
+    assert said.startswith(
+        "For these tasks routing does not pay: a LoRA per task is ahead of Poly, head per task by +10.0"
+    )
     assert said.endswith("So train a LoRA for each task.")
 
 
 def test_rows_too_few_to_tell_are_said_to_be_so():
-    said = verdict(comparison({**BASE, "Poly": 0.75, "gates": 0.6}, rows=40, apart=True))
-    assert said.startswith("These test rows do not tell Poly from one shared LoRA")
+    said = verdict(comparison({**BASE, POLY: 0.75, GATES: 0.6}, rows=40, apart=True))
+    assert said.startswith("These test rows do not tell Poly, head per task from one shared LoRA")
     assert said.endswith("take the simpler: train one LoRA on all rows.")
 
 

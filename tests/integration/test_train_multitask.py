@@ -193,6 +193,25 @@ def test_both_adapters_see_the_same_rows_in_the_same_order(script, folders, tmp_
     assert orders[0] == orders[1]
 
 
+def test_it_compares_as_the_command_does(script, folders, tmp_path, monkeypatch):
+    asked = {}
+
+    def compare_methods(data, base, output, settings, say):
+        asked.update(data=data, base=base, output=output, settings=settings)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(script, "compare_methods", compare_methods)
+    words = ["--compare", "--data", "my_tasks", "--model", "my_encoder", "--output_dir", "out", "--seeds", "0", "1"]
+    with pytest.raises(SystemExit, match="error: stop"):
+        script.main([*words, "--epochs", "3"])
+    settings = script.Settings(epochs=3, seeds=2)
+    assert asked == {
+        "data": Path("my_tasks"), "base": "my_encoder", "output": Path("out/comparison"), "settings": settings,
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="--compare takes all tasks and all rows"):
+        script.main([*words, "--max_rows", "5"])
+
+
 def test_help_names_every_setting_with_its_default(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script.parse(["--help"])

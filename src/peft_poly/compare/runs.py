@@ -85,13 +85,13 @@ class _Run:
 
     def __init__(self, tasks: Tasks, encoder: nn.Module, texts: Texts, settings: Settings, store: Store) -> None:
         self.tasks, self.texts, self.settings, self.store = tasks, texts, settings, store
-        self.setup = _setup(tasks, encoder, settings)
+        self.setups = _setups(tasks, encoder, settings)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.encoder = encoder.to(device or "cpu")
         self.done = store.read()
 
     def unit(self, method: Method, lr: float, seed: int) -> Unit:
-        return Unit(self.setup, method.name, lr, seed)
+        return Unit(self.setups[method], method.name, lr, seed)
 
     def chosen(self, method: Method) -> float:
         """The rate that did best at the first seed, on validation rows."""
@@ -157,13 +157,14 @@ class _Run:
                     self.store.add(unit, self.done[unit])
 
 
-def _setup(tasks: Tasks, encoder: nn.Module, settings: Settings) -> str:
-    """Fingerprint of all that the runs of a comparison have in common; more rates or seeds only add runs."""
+def _setups(tasks: Tasks, encoder: nn.Module, settings: Settings) -> dict[Method, str]:
+    """Fingerprint of all that the runs of a method have in common; more rates or seeds only add runs."""
     rows = [[[row.task, row.text, row.label] for row in part] for part in _parts(tasks)]
     common = {key: value for key, value in asdict(settings).items() if key not in ("rates", "seeds")}
-    about = [rows, tasks.labels, common, [asdict(m) for m in METHODS], recommended.SETTINGS, recommended.ROUTER_LR]
-    text = json.dumps([*about, fingerprint(encoder)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    of_kinds = [recommended.SETTINGS, recommended.ROUTER_LR]
+    about = [rows, tasks.labels, common, of_kinds, fingerprint(encoder)]
+    texts = {m: json.dumps([*about, m.kind, m.told, m.own_heads], sort_keys=True) for m in METHODS}
+    return {method: hashlib.sha256(text.encode()).hexdigest()[:16] for method, text in texts.items()}
 
 
 def _parts(tasks: Tasks) -> tuple[list[Row], ...]:

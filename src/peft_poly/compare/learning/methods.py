@@ -46,14 +46,15 @@ class Method:
         return self.kind in ("poly", "gates")
 
 
+RECOMMENDED = "train `PolyConfig.recommended"
 # The simplest first: where several do as well, the verdict names the first of them.
 METHODS = (
     Method("one shared LoRA", "train one LoRA on all rows", "lora"),
     Method("shared LoRA, told the task", "train one LoRA, and put the task's name before each text", "lora", told=True),
     Method("shared LoRA, head per task", "train one LoRA, with a head for each task", "lora", own_heads=True),
     Method("a LoRA per task", "train a LoRA for each task", "each", own_heads=True),
-    Method("gates", 'train `PolyConfig.recommended(poly_type="gates")`', "gates"),
-    Method("Poly", "train `PolyConfig.recommended()`", "poly"),
+    Method("gates, head per task", f'{RECOMMENDED}(poly_type="gates", task_labels=...)`', "gates", own_heads=True),
+    Method("Poly, head per task", f"{RECOMMENDED}(task_labels=...)`", "poly", own_heads=True),
 )
 REFERENCE = METHODS[0]
 
