@@ -61,9 +61,14 @@ def compare_methods(
     texts = Texts(tokenizer, Blocks(encoder, settings.blocks), settings.max_length)
     texts.check_known(row.text for row in tasks.train)
     run = _Run(tasks, encoder, texts, settings, Store(output / "runs.jsonl"))
-    for line in (_about(tasks, settings), *tasks.notes, run.forecast()):
+    for line in (_about(tasks, settings), *tasks.notes):
         say(line)
-    run.carry_out()
+    if run.left():
+        run.read_all()
+        say(run.forecast())
+        run.carry_out()
+    else:
+        say(f"All {run.number} runs are in {run.store.path}.")
     runs, rates = {}, {}
     for method in METHODS:
         rates[method.name] = run.chosen(method)
@@ -117,13 +122,14 @@ class _Run:
             return open_first + len(METHODS) * (self.settings.seeds - 1)
         return sum(self.unit(*run) not in self.done for run in self.plan())
 
+    def read_all(self) -> None:
+        """What can be computed once for each text is computed."""
+        rows = [row for part in _parts(self.tasks) for row in part]
+        self.texts.keep(self.encoder, [text for row in rows for text in (row.text, told(row))])
+
     def forecast(self) -> str:
         """How long it will take, from a few steps of the quickest method and of one that routes."""
         left = self.left()
-        if not left:
-            return f"All {self.number} runs are in {self.store.path}."
-        rows = [row for part in _parts(self.tasks) for row in part]
-        self.texts.keep(self.encoder, [read(row) for row in rows for read in (lambda row: row.text, told)])
         step = fmean(self._seconds_of_a_step(method) for method in (METHODS[0], METHODS[-1]))
         asked = LOOKS * len(self.tasks.validation) + len(self.tasks.test)
         seconds = left * step * (self.settings.steps(self.tasks) + ASKING * asked / self.settings.batch_size)
