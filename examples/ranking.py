@@ -118,7 +118,9 @@ def load_tasks(folder: str, held_out: Sequence[str] = ()) -> tuple[dict[str, lis
     """
     tasks: dict[str, list[Row]] = {}
     for file in sorted(Path(folder).glob("*.jsonl")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):  # a text may hold U+2028
+            if not line.strip():
+                continue
             row = json.loads(line)
             if missing := KEYS - row.keys():
                 raise ValueError(f"{file.name}, line {number}: the row lacks {sorted(missing)}.")

@@ -115,6 +115,13 @@ def test_a_folder_without_rows_is_refused_with_an_example(tmp_path):
         load_tasks(tmp_path / "absent")
 
 
+def test_a_text_may_hold_what_unicode_calls_the_end_of_a_line_and_a_file_a_byte_order_mark(tmp_path):
+    write_tasks(tmp_path, ("near", "far"))
+    line = '{"task": "near", "input": "is\u2028red\x85", "output": "red", "split": "train"}\r\n'
+    (tmp_path / "more.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode())
+    assert Row("near", "is\u2028red\x85", "red") in load_tasks(tmp_path).train
+
+
 def test_batches_have_each_row_once_a_pass_and_are_the_same_for_one_seed(tmp_path):
     rows = load_tasks(write_tasks(tmp_path)).train
     found = [row for batch in itertools.islice(batches(rows, 10, 3), 24) for row in batch]

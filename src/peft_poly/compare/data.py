@@ -85,10 +85,8 @@ def load_tasks(folder: Path) -> Tasks:
             parts[found["split"]].append(Row(task, found["text"], found["output"]))
     _check_sizes(parts, labels)
     if {row.task for row in parts["validation"]} != set(labels):
-        held_out = "These tasks have no validation rows" if parts["validation"] else "There are no validation rows"
-        notes.append(
-            f"{held_out} of every task: a fifth of the training rows is held out to choose rates and steps on."
-        )
+        lack = "Not every task has" if parts["validation"] else "There are no"
+        notes.append(f"{lack} validation rows: a fifth of the training rows is held out to choose rates and steps on.")
         parts["train"], parts["validation"] = _hold_out(parts["train"] + parts["validation"], labels)
     if seen := len({*parts["train"]} & {*parts["test"]}):
         notes.append(f"{seen} of {len(parts['test'])} test rows are among the training rows, with the same label.")
@@ -103,7 +101,7 @@ def _lines(folder: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f'{folder} {what}. Pass a folder of files with rows such as {{"task": "acme", "input": '
                          '"Where is my parcel?", "output": "shipping", "split": "train"}.')  # fmt: skip
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 yield _row(line, f"{file.name}, line {number}")
 

@@ -35,7 +35,8 @@ class Blocks:
 
     def __init__(self, encoder: nn.Module, adapted: int = 0) -> None:
         stacks = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)}
-        name = max(stacks, key=lambda name: len(stacks[name]), default="")
+        outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+        name = max(outer, key=lambda name: len(stacks[name]), default="")  # those inside are experts, or heads
         self.stack = list(stacks[name]) if stacks else []
         if not 0 <= adapted <= len(self.stack):
             raise ValueError(f"The encoder has {len(self.stack)} blocks, so {adapted} of them cannot be adapted.")

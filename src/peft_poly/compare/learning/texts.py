@@ -22,8 +22,11 @@ MOST_BYTES = 2 * 2**30  # of hidden states that are kept
 
 def padded(tokenizer: Any, ids: list[list[int]]) -> dict[str, torch.Tensor]:
     """The inputs of an encoder."""
-    batch = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    rows = [torch.tensor(tokens) for tokens in ids]
+    return {
+        "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+    }
 
 
 class Texts:
