@@ -51,6 +51,11 @@ def deberta(cls: Any = tf.DebertaV2ForSequenceClassification) -> Any:
     return cls(tf.DebertaV2Config(**ENCODER, **relative, type_vocab_size=0, pooler_dropout=0.0))
 
 
+def deberta_v1() -> Any:
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
+    return tf.DebertaForSequenceClassification(tf.DebertaConfig(**ENCODER, **relative, pooler_dropout=0.0))
+
+
 def modernbert(cls: Any = tf.ModernBertForSequenceClassification) -> Any:
     sizes = {key: value for key, value in ENCODER.items() if "dropout" not in key}
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "cls_token_id": 2, "sep_token_id": 1}
@@ -65,6 +70,11 @@ def t5(cls: Any = tf.T5ForSequenceClassification) -> Any:
 def vit() -> Any:
     sizes = {key: value for key, value in ENCODER.items() if key not in ("vocab_size", "max_position_embeddings")}
     return tf.ViTForImageClassification(tf.ViTConfig(**sizes, image_size=8, patch_size=4))
+
+
+def swin() -> Any:
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+    return tf.SwinForImageClassification(tf.SwinConfig(**sizes, window_size=2, drop_path_rate=0.0))
 
 
 def whisper() -> Any:
@@ -107,11 +117,13 @@ MODELS = {
         ("classifier.dense",),
     ),
     "deberta": Classifier(deberta, text, ["query_proj", "value_proj"], ("pooler.dense",)),
+    "deberta_v1": Classifier(deberta_v1, text, ["in_proj", "pos_q_proj", "pos_proj"], ("pooler.dense",)),
     "modernbert": Classifier(modernbert, text, "all-linear", ("head.dense", "head.norm")),
     "t5": Classifier(t5, text, "all-linear", ("classification_head.dense",)),
     "llama": Classifier(lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**DECODER)), text, "all-linear"),
     "qwen": Classifier(lambda: tf.Qwen2ForSequenceClassification(tf.Qwen2Config(**DECODER)), text, None),
     "vit": Classifier(vit, noise("pixel_values", 3, 8, 8), "all-linear"),
+    "swin": Classifier(swin, noise("pixel_values", 3, 16, 16), "all-linear"),
     "whisper": Classifier(whisper, noise("input_features", 8, 20), ["q_proj", "v_proj"], ("projector",)),
     "wav2vec2": Classifier(
         lambda: tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**SOUND)),

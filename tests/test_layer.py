@@ -189,6 +189,23 @@ def test_gradients_are_those_of_the_loop(kind, tasks, frozen, context):
     assert gradients[0]["poly_router.default.module_logits"][1].abs().sum() == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tasks", [[1, 1, 1], [2, 0, 2]], ids=str)
+@pytest.mark.parametrize("shape", [(3, IN), (3, 4, IN)], ids=str)
+def test_a_model_may_change_the_output_in_place_as_that_of_any_layer(kind, tasks, shape):
+    layer, x = make_layer(kind, train=True), torch.randn(shape, dtype=torch.float64)
+    torch.manual_seed(0)  # of the noise
+    want = (layer(x, task_ids=tasks).transpose(0, -2) / 2).relu()
+    torch.manual_seed(0)
+    y = layer(x, task_ids=tasks).transpose(0, -2)
+    y /= 2  # DeBERTa's attention does this to a view of it
+    y.relu_()
+    torch.testing.assert_close(y, want)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(y.sum(), parameters)
+    torch.testing.assert_close(grads, torch.autograd.grad(want.sum(), parameters))
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("ids", "message"),

@@ -127,7 +127,7 @@ class TestDoors:
 
 
 class TestOut:
-    @pytest.mark.parametrize("name", ["bert", "roberta", "t5"])
+    @pytest.mark.parametrize("name", ["bert", "roberta", "t5", "swin"])
     def test_plain_peft_opens_an_exported_task_with_the_lines_of_its_readme(self, name, tmp_path):
         case = MODELS[name]
         case.make().save_pretrained(tmp_path / "base")

@@ -218,8 +218,10 @@ def _head(source: _Source, heads: TaskHeads, task_id: int) -> nn.Linear:
 def _lora_config(source: _Source) -> LoraConfig:
     config = source.config
     saved = sorted(set(config.modules_to_save)) if config.modules_to_save else None
+    # PEFT's classes for classifiers pass arguments of texts, which some models of images and sound cannot take.
+    of_text = config.labels is None or getattr(source.root, "main_input_name", "input_ids") == "input_ids"
     return LoraConfig(
-        task_type=config.task_type,
+        task_type=config.task_type if of_text else None,
         base_model_name_or_path=source.base_name,
         revision=config.revision,
         inference_mode=True,

@@ -56,8 +56,12 @@ def low_rank_update(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: fl
 
 
 def to_add_to(y: torch.Tensor, owned: bool) -> torch.Tensor:
-    """`y` if it can be added to in place, row after row; else a copy."""
-    return y if owned and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
+    """`y` if it can be added to in place, row after row; else a copy.
+
+    It is no view of a product, as that of three dimensions is: what an autograd node returns as a view, autograd does
+    not let a model change in place.
+    """
+    return y.detach() if owned and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
 
 
 def add_in_runs(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:

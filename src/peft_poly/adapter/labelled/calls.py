@@ -50,18 +50,20 @@ class LabelledCalls:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: notes the labels, and calls the model without."""
-        heads = active_heads(module)
-        self._local.call = None
+        heads, self._local.call = active_heads(module), None
+        names = list(inspect.signature(type(module).forward).parameters)[1:]  # the first is `self`
+        # PEFT's class for a task type passes arguments of texts, as None, to models of images and sound too.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name in names}
         if heads is None:
-            return None
-        position = _position_of_labels(type(module))
-        if position is not None and len(args) > position:
-            kwargs = {**kwargs, "labels": args[position]}
+            return args, kwargs
+        position = names.index("labels") if "labels" in names else len(args)
+        if len(args) > position:
+            kwargs["labels"] = args[position]
             args = (*args[:position], None, *args[position + 1 :])
-        labels, n_items, smoothing = (kwargs.get(name) for name in OURS)
+        labels, n_items, smoothing = (kwargs.pop(name, None) for name in OURS)
         if labels is not None:
             self._local.call = (heads, labels, n_items, smoothing or 0.0)
-        return args, {name: value for name, value in kwargs.items() if name not in OURS}
+        return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook: the output with our loss in it."""
@@ -80,8 +82,3 @@ class LabelledCalls:
 def is_of_labels(hook: Any) -> bool:
     """Whether a hook of a model is one of ours."""
     return isinstance(getattr(hook, "__self__", None), LabelledCalls)
-
-
-def _position_of_labels(model_class: type) -> Any:
-    names = list(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
-    return names.index("labels") - 1 if "labels" in names else None  # the first is `self`
