@@ -128,6 +128,7 @@ class PolyModel(RoutedCalls, TaskVerbs, BaseTuner):
                 if source is not None:
                     copy_adapter(model, source, adapter_name)
             tell_heads(model, self.task_context)
+            self.task_context.known_calls.clear()  # what is new has not been seen in them
         except Exception:
             self._take_back(adapter_name)
             for parameter, flag in trainable.items():

@@ -1,4 +1,4 @@
-"""A run over tasks of different kinds; alone, or as one rank of several: `labelled_steps.py folder`."""
+"""Runs over tasks of different kinds; alone, or as one rank of several: `labelled_steps.py folder`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from labelled import ATTENTION, LABELS, NAMES, bert
+from labelled import ATTENTION, LABELS, NAMES, bert, targets, text
 from peft import PeftModel, get_peft_model
 from rows import TorchRows, arguments
 from tiny import VOCAB
@@ -79,6 +79,32 @@ def steps(folder: Path, processes: int) -> dict[str, Any]:
     return found
 
 
+def sharded(rank: int = 0, processes: int = 1) -> dict[str, Any]:
+    """A loop of one's own, whose model is spread over several processes by `fully_shard`; four rows a step."""
+    made = model().train()
+    if processes > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (processes,))
+        fully_shard(made.get_base_model().classifier, mesh=mesh)
+        fully_shard(made, mesh=mesh)
+    adamw, losses, inputs = create_poly_optimizer(made, torch.optim.AdamW, lr=0.01, weight_decay=0.1), [], text()
+    for batch in ([0, 1, 2, 3], [0, 1, 0, 1], [1, 1, 2, 2]):  # most heads are asked for by one process, or none
+        mine = batch[rank * 4 // processes : (rank + 1) * 4 // processes]
+        rows = {name: x[mine] for name, x in inputs.items()}
+        loss = made(**rows, task_ids=[NAMES[task] for task in mine], labels=targets()[mine]).loss
+        adamw.zero_grad()
+        loss.backward()
+        adamw.step()
+        total = loss.detach().clone()
+        if processes > 1:
+            torch.distributed.all_reduce(total)
+        losses.append(total.item() / processes)
+    weights = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    whole = {name: p.full_tensor() if processes > 1 else p for name, p in weights.items()}
+    return {"losses": losses, "weights": {name: p.detach().clone() for name, p in whole.items()}}
+
+
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    torch.save(steps(out, int(os.environ["WORLD_SIZE"])), out / f"rank{os.environ['RANK']}.pt")
+    out, place, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.save({**steps(out, world), "sharded": sharded(place, world)}, out / f"rank{place}.pt")

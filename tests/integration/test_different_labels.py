@@ -40,8 +40,6 @@ def test_it_trains_compares_and_shows_what_comes_out(example, encoder, tmp_path,
         encoder,
         "--epochs",
         "0.1",
-        "--r",
-        "2",
         "--output_dir",
         str(tmp_path / "out"),
     ]

@@ -191,3 +191,6 @@ def test_two_processes_do_together_what_one_does(tmp_path):
             close(together[name]["weights"], run["weights"], atol=1e-5)
             for task, row in run["table"].items():
                 assert together[name]["table"][task] == pytest.approx(row, rel=1e-3)
+        whole = labelled_steps.sharded()
+        assert together["sharded"]["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+        close(together["sharded"]["weights"], whole["weights"], atol=1e-5)

@@ -127,7 +127,13 @@ def _leave_unasked(heads: list[TaskHeads], *step: Any) -> None:
     Where the host does not know the rows' tasks, or processes share gradients, all heads take part, by zeros.
     """
     given = [p for module in heads for p in module.parameters() if p.grad is not None]
-    largest = torch.stack([p.grad.abs().max().float() for p in given]).tolist() if given else []  # type: ignore[union-attr]
-    for parameter, size in zip(given, largest, strict=True):
+    sizes = torch.stack([_size(p.grad) for p in given]).tolist() if given else []  # type: ignore[arg-type]
+    for parameter, size in zip(given, sizes, strict=True):
         if size == 0:
             parameter.grad = None
+
+
+def _size(grad: torch.Tensor) -> torch.Tensor:
+    """The sum of a gradient's absolute values, over all parts of one that is sharded, some of which may be empty."""
+    size = torch.linalg.vector_norm(grad, 1, dtype=torch.promote_types(grad.dtype, torch.float32)).float()
+    return size.full_tensor() if hasattr(size, "full_tensor") else size

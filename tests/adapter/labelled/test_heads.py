@@ -214,6 +214,55 @@ class TestInAModuleOfOnesOwn:
             adapted()(X)
 
 
+class Turned(Own):
+    """A model that computes with its rows elsewhere than in the first dimension."""
+
+    def __init__(self, turn) -> None:
+        super().__init__()
+        self.turn, self.told = turn, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heads(self.turn(torch.tanh(self.enc(x))), task_ids=self.told)
+
+
+class TestWhereTheRowsAre:
+    """`Turned` gets `(4, 4, 8)`: four rows of four tokens, so that no shape tells which is which."""
+
+    @staticmethod
+    def made(turn):
+        torch.manual_seed(0)
+        return peft.get_peft_model(Turned(turn), own()).eval(), torch.randn(4, 4, 8)
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_rows_in_the_second_dimension_are_followed_there(self, times):
+        model, x = self.made(lambda h: h.transpose(0, 1).contiguous())
+        want = adapted()(x, task_ids=NAMES)
+        for _ in range(times):
+            torch.testing.assert_close(model(x, task_ids=NAMES), want.transpose(0, 1))
+
+    def test_several_entries_of_a_row_have_its_task(self):
+        model, x = self.made(lambda h: h.reshape(-1, 16))
+        torch.testing.assert_close(model(x, task_ids=NAMES), adapted()(x, task_ids=NAMES).reshape(16, -1))
+
+    def test_entries_that_are_no_rows_are_refused_and_may_be_told(self):
+        model, x = self.made(lambda h: h[h[..., 0] > -2].view(16, -1)[:4])
+        with pytest.raises(ValueError, match=r"TaskHeads has the shape \(4, 16\).*pass these heads `task_ids`"):
+            model(x, task_ids=NAMES)
+        want = adapted()(x, task_ids="topic").reshape(16, -1)[:4]
+        torch.testing.assert_close(model(x, task_ids="topic"), want)
+        model.get_base_model().told = ["topic"] * 4
+        torch.testing.assert_close(model(x, task_ids=NAMES), want)
+
+    def test_an_adapter_that_comes_later_is_followed_too(self):
+        model, x = self.made(lambda h: h.transpose(0, 1).contiguous())
+        model(x, task_ids=NAMES)
+        model.add_adapter("other", own())
+        model.set_adapter("other")
+        y = model(x, task_ids=NAMES)
+        for row, name in enumerate(NAMES):
+            torch.testing.assert_close(y[:, row], model(x, task_ids=name)[:, row])
+
+
 class TestOutsideOfTheAdaptedModel:
     """What belongs to no adapted model finds the tasks of the block that it is called in."""
 

@@ -14,11 +14,15 @@ from torch.nn import functional
 
 from ...config import PolyConfig
 from ...labels import TaskLabels, read_task_labels
+from ...tasks.batch import TaskBatch
 from ...tasks.context import TaskContext, entered_context
 from ...tasks.ids import TaskIds, resolve_tasks, unknown_message
+from ...tasks.rows.calls import place_of_rows
 from ...tasks.transforms import is_symbolic
 
 __all__ = ["TaskHeads"]
+
+ADVICE = "Let each call have one task, or pass these heads `task_ids`, one for each entry of the first dimension."
 
 
 class TaskHeads(nn.Module):
@@ -64,6 +68,8 @@ class TaskHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.has_bias, self.adapter_name = in_features, bias, adapter_name
+        self.layer_name = "TaskHeads"
+        self.row_dim, self.rows_known = 0, False  # as those of a task-routed layer
         self.labels: dict[str, TaskLabels] = {}
         self.task_context: Optional[TaskContext] = None  # of the adapted model that it is part of
         self.add(read_task_labels(task_labels, tuple(task_labels)))
@@ -80,14 +86,30 @@ class TaskHeads(nn.Module):
     def forward(self, x: torch.Tensor, task_ids: Optional[TaskIds] = None) -> torch.Tensor:
         """`(b, ..., in_features) -> (b, ..., width)`, in the dtype of the heads.
 
+        In a module of one's own the rows of the call may be in another dimension, or have several entries of the first.
+
         Args:
             x: input of any number of dimensions.
             task_ids: tasks of the rows, where no `PeftModel` or `use_task` has said them.
 
         Raises:
-            ValueError: no task is known, one has no head, or the ids do not fit the rows.
+            ValueError: no task is known, one has no head, or the ids do not fit the rows; or the rows of a mixed batch
+                are not in the input.
         """
-        heads = self.heads_of_rows(x.shape[0], task_ids)
+        dim, batch = (0, None) if task_ids is not None or self.adapter_name else self._place_of_rows(x)
+        x = x.transpose(0, dim) if dim else x
+        logits = self._logits(x, self.heads_of_rows(x.shape[0], task_ids, batch))
+        return logits.transpose(0, dim) if dim else logits
+
+    def _place_of_rows(self, x: torch.Tensor) -> tuple[int, Optional[TaskBatch]]:
+        """The dimension that has the rows of a mixed batch, and its record with as many rows; 0, None of any other."""
+        context, adapter = self._footing()
+        batch = context.of_call(None, [adapter], None) if adapter not in context.merged else None
+        if batch is None or not batch.mixed or self.task_context is None:
+            return 0, None
+        return place_of_rows(self, x, batch, ADVICE)  # type: ignore[arg-type]
+
+    def _logits(self, x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         known = heads.device.type == "cpu" and not (torch.compiler.is_compiling() or is_symbolic(heads))
         asked = sorted(set(heads.tolist())) if known and not _takes_part_in_reduction(self) else None
         weight, bias = self._stacked(range(len(self.labels)) if asked is None else asked)
@@ -113,12 +135,15 @@ class TaskHeads(nn.Module):
         return torch.stack(weights), torch.stack(biases)
 
     # ---------------------------------------------------------------------------------------------------- whose rows
-    def heads_of_rows(self, n_rows: int, task_ids: Optional[TaskIds] = None) -> torch.Tensor:
+    def heads_of_rows(
+        self, n_rows: int, task_ids: Optional[TaskIds] = None, batch: Optional[TaskBatch] = None
+    ) -> torch.Tensor:
         """The head of each row, `(n_rows,)`, or `(1,)` where one serves them all.
 
         Args:
             n_rows: rows of the input.
             task_ids: as in `forward`.
+            batch: the tasks of the rows, where the call that runs has said them in another way.
 
         Raises:
             ValueError: as `forward`.
@@ -126,14 +151,8 @@ class TaskHeads(nn.Module):
         names = list(self.labels)
         if task_ids is not None:
             return resolve_tasks(task_ids, PolyConfig(task_names=names), n_rows=n_rows)[0]
-        context = self.task_context or entered_context()
-        adapter = None if context is None else self.adapter_name or _active_adapter(context)
-        if context is None or adapter is None:
-            raise ValueError(
-                f"No task is known for this call of a TaskHeads, which has heads for {', '.join(names)}. Call it in a "
-                "model with a task-routed adapter, or pass it `task_ids`, one for each row."
-            )
-        ids = _tasks_of_rows(context, adapter, n_rows)
+        context, adapter = self._footing()
+        ids = _tasks_of_rows(context, adapter, n_rows, batch)
         config = context.configs[adapter]
         if config.task_names is None or config.task_names == names:
             return ids
@@ -149,6 +168,17 @@ class TaskHeads(nn.Module):
             missing = config.task_names[int(ids[heads == beyond][0])]
             raise ValueError(f"{message} Task {missing!r} of adapter {adapter!r} has none.")
         return heads
+
+    def _footing(self) -> tuple[TaskContext, str]:
+        """What knows the tasks of this call, and the adapter whose tasks they are."""
+        context = self.task_context or entered_context()
+        adapter = None if context is None else self.adapter_name or _active_adapter(context)
+        if context is None or adapter is None:
+            raise ValueError(
+                f"No task is known for this call of a TaskHeads, which has heads for {', '.join(self.labels)}. Call it "
+                "in a model with a task-routed adapter, or pass it `task_ids`, one for each row."
+            )
+        return context, adapter
 
     # ---------------------------------------------------------------------------------------------- grow and shrink
     def add(self, labels: Mapping[str, TaskLabels], like: Optional[int] = None) -> None:
@@ -212,7 +242,7 @@ class TaskHeads(nn.Module):
         return f"in_features={self.in_features}, " + ", ".join(f"{name}={len(k)}" for name, k in self.labels.items())
 
 
-def _tasks_of_rows(context: TaskContext, adapter: str, n_rows: int) -> torch.Tensor:
+def _tasks_of_rows(context: TaskContext, adapter: str, n_rows: int, batch: Optional[TaskBatch]) -> torch.Tensor:
     """The task of each row of a batch that is being computed, `(n_rows,)`, or `(1,)` where all have the same.
 
     Raises:
@@ -220,7 +250,7 @@ def _tasks_of_rows(context: TaskContext, adapter: str, n_rows: int) -> torch.Ten
     """
     if adapter in context.merged:
         return torch.tensor([context.merged[adapter]])
-    batch = context.of_call(None, [adapter], None)
+    batch = context.of_call(None, [adapter], None) if batch is None else batch
     if batch is not None and adapter in batch.unknown:
         raise ValueError(
             f"{unknown_message(batch.unknown[adapter], context.configs[adapter], adapter)} `unknown_task='mean'` has a "

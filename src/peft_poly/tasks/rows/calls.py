@@ -23,11 +23,12 @@ from .following import Following
 __all__ = ["LOST", "follow_calls", "place_of_rows", "stop_following"]
 
 LOST = -1  # the place of rows in a layer that does not have them, or not in one dimension
+ADVICE = "Let each call have one task, or leave the layer out with `exclude_modules` in PolyConfig."
 MEDIA = re.compile(r"pixel|image|video|audio|vision|visual|input_features|input_values|speech|mel|patch")
 
 
 class Followed(Protocol):
-    """A task-routed layer, as far as it must be known here."""
+    """A task-routed layer, or heads per task, as far as they must be known here."""
 
     layer_name: str
     task_context: TaskContext
@@ -54,8 +55,14 @@ def stop_following(model: nn.Module) -> None:
                         flags.pop(key, None)
 
 
-def place_of_rows(layer: Followed, x: torch.Tensor, batch: TaskBatch) -> tuple[int, TaskBatch]:
+def place_of_rows(layer: Followed, x: torch.Tensor, batch: TaskBatch, advice: str = ADVICE) -> tuple[int, TaskBatch]:
     """The dimension of `x` that has the rows of a mixed batch, and the batch with as many rows as it.
+
+    Args:
+        layer: what is called with `x`.
+        x: its input.
+        batch: the tasks of the call.
+        advice: what to do, for the message.
 
     Raises:
         ValueError: the rows are not in the input, or not known to be.
@@ -73,7 +80,7 @@ def place_of_rows(layer: Followed, x: torch.Tensor, batch: TaskBatch) -> tuple[i
     else:
         dim = layer.row_dim
     if dim == LOST:
-        raise ValueError(_unknown_rows_message(n_rows, x, layer.layer_name))
+        raise ValueError(_unknown_rows_message(n_rows, x, layer.layer_name, advice))
     size = x.shape[dim] if x.dim() > dim else 1
     if batch.in_call and size != n_rows and size % n_rows == 0 and dim == 0 and layer.rows_known:
         return 0, batch.of_call(size // n_rows)
@@ -174,12 +181,11 @@ def _record_of_call(batch: TaskBatch, n_rows: Optional[int], name: str) -> TaskB
     raise ValueError(wrong_rows_message(n_tasks, n_rows, name))
 
 
-def _unknown_rows_message(n_tasks: int, x: torch.Tensor, name: str) -> str:
+def _unknown_rows_message(n_tasks: int, x: torch.Tensor, name: str, advice: str) -> str:
     return (
         f"The input of {name} has the shape {tuple(x.shape)}, and its rows are not the {n_tasks} rows of this call, "
         "which have several tasks: they are images, windows, tokens that were picked, or positions. Such a layer "
-        "serves one task at a time: let each call have one task, or leave the layer out with `exclude_modules` in "
-        "PolyConfig."
+        f"serves one task at a time. {advice}"
     )
 
 
