@@ -15,15 +15,45 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 __all__ = ["app", "main"]
 
 NAME = "peft-poly"
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer versions of typer bring themselves
 BAD_INPUT = (ImportError, OSError, RuntimeError, TypeError, ValueError)
+ELSEWHERE = {"plot": "inspect --plot", "report": "inspect --html"}  # what is no command, and looks like another
+
+
+class PlainFlags:
+    """Help that gives a flag no value: newer versions of typer write `<bool>` behind it."""
+
+    def get_params(self, context: Any) -> list[Any]:
+        """The arguments and options, and the one for help."""
+        params: list[Any] = super().get_params(context)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class Command(PlainFlags, TyperCommand):
+    """One of the commands."""
+
+
+class Commands(PlainFlags, TyperGroup):
+    """All of them."""
+
+    def resolve_command(self, context: Any, args: list[str]) -> Any:
+        """The command that is asked for."""
+        if args and args[0] in ELSEWHERE:
+            raise UsageError(f"No such command {args[0]!r}. Did you mean {ELSEWHERE[args[0]]!r}?", context)
+        return super().resolve_command(context, args)
+
 
 app = typer.Typer(
     name=NAME,
+    cls=Commands,
     help=(
         "Task-routed adapters (Polytropon, Multi-Head Routing) from the command line: look at their routing, export "
         "or merge one task, convert checkpoints, ask whether routing pays on your tasks."
@@ -55,10 +85,8 @@ Base = Annotated[
 ]
 OneTask = Annotated[Optional[str], typer.Option("--task", metavar="TASK", help="Name or id of one task.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")]
-Force = Annotated[bool, typer.Option("--force", "-f", metavar="", help="Replace what is already there.")]
-Json = Annotated[
-    bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout, and nothing else there.")
-]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what is already there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 
 
 def main(args: Optional[Sequence[str]] = None) -> NoReturn:
@@ -69,7 +97,9 @@ def main(args: Optional[Sequence[str]] = None) -> NoReturn:
             warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their callers
             code = app(args=args, prog_name=NAME, standalone_mode=False)
     except UsageError as error:
-        fail(f"{error.format_message().rstrip('.?')}. See '{error.ctx.command_path if error.ctx else NAME} --help'.")
+        said = error.format_message().replace("Value error, ", "")  # which pydantic writes before a reason
+        help_at = error.ctx.command_path if error.ctx else NAME
+        fail(f"{said if said.endswith(('.', '?')) else said + '.'} See '{help_at} --help'.")
     except BAD_INPUT as error:
         fail(str(error) or type(error).__name__)
     except typer.Abort:
@@ -95,7 +125,7 @@ def _one_line(text: str) -> str:
 @app.callback(invoke_without_command=True)
 def _top(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", metavar="", help="Print the version, and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version, and exit.")] = False,
 ) -> None:
     if version:
         from peft_poly import __version__
@@ -105,7 +135,7 @@ def _top(
         typer.echo(context.get_help())
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     source: Adapter,
     task: OneTask = None,
@@ -132,7 +162,7 @@ def inspect(
     commands.inspect(source, task, plot=plot, html=html, as_json=as_json, force=force)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     source: Adapter,
     output: Output,
@@ -154,15 +184,13 @@ def export(
     commands.export(source, output, base=base, task=task, force=force, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def merge(
     source: Adapter,
     task: Annotated[str, typer.Option("--task", metavar="TASK", help="Name or id of the task.")],
     output: Output,
     base: Base = None,
-    safe: Annotated[
-        bool, typer.Option("--safe", metavar="", help="Stop if a merged weight would be NaN or infinite.")
-    ] = False,
+    safe: Annotated[bool, typer.Option("--safe", help="Stop if a merged weight would be NaN or infinite.")] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -177,7 +205,7 @@ def merge(
     commands.merge(source, task, output, base=base, safe=safe, force=force, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     source: Annotated[
         str,

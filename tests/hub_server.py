@@ -41,13 +41,15 @@ class HubServer:
     """Model repos in memory, served at `url` while the `with` block lasts.
 
     `repos` holds each repo's commits on main, oldest first; as on the Hub the first is of its creation (here without
-    files). `branches` holds those of other branches, by repo and name; `private` the repos that are.
+    files). `branches` holds those of other branches, by repo and name; `private` the repos that are; `requests`
+    what was asked, in order.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, list[Commit]] = {}
         self.branches: dict[tuple[str, str], list[Commit]] = {}
         self.private: set[str] = set()
+        self.requests: list[str] = []
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), partial(_Handler, self))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -238,6 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = b"".join(self.chunks())
         try:
             with self.hub.lock:
+                self.hub.requests.append(f"{self.command} {self.path}")
                 reply = answer(self.hub, f"{self.command} {self.path}", body)
         except HubError as error:
             reply = error.reply

@@ -193,7 +193,7 @@ def test_the_initialisation_of_the_paper_is_no_obstacle(tmp_path):
 # ------------------------------------------------------------------------------------------------- bad input
 def test_an_adapter_of_another_type_is_refused(tmp_path):
     peft.get_peft_model(MLP(), LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"of type .*LORA; only POLY and PEFT_POLY"):
+    with pytest.raises(ValueError, match="holds a LORA adapter, which has no router"):
         convert_checkpoint(tmp_path / "lora", tmp_path / "ours")
 
 
@@ -205,7 +205,7 @@ def test_a_file_of_a_saved_adapter_is_refused(name, tmp_path):
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+    with pytest.raises(ValueError, match=r"There is no adapter_config\.json in"):
         convert_checkpoint(tmp_path, tmp_path / "ours")
 
 

@@ -128,6 +128,10 @@ class TestHelp:
         assert all(option in out for option in options)
         assert f"peft-poly {command} ./" in out
 
+    @pytest.mark.parametrize("command", [[], ["inspect"], ["export"], ["merge"], ["convert"]])
+    def test_flags_take_no_value(self, done, command):
+        assert "<bool>" not in done(*command, "--help")
+
     def test_the_version_is_the_packages(self, done):
         assert done("--version").strip() == peft_poly.__version__
 
@@ -452,15 +456,39 @@ class TestTargets:
 
 
 BAD_INPUT = [
-    (["inspekt"], "No such command 'inspekt'"),
+    (["inspekt"], "No such command 'inspekt'. Did you mean 'inspect'? See 'peft-poly --help'."),
+    (["report", "{adapter}"], "No such command 'report'. Did you mean 'inspect --html'? See 'peft-poly --help'."),
     (["--colour"], "No such option: --colour"),
     (["inspect"], "Missing argument 'FOLDER_OR_HUB_ID'"),
-    (["inspect", "nowhere"], "'nowhere' is no folder, and no adapter could be had from the Hub"),
+    (["inspect", "nowhere"], "'nowhere' is no folder, and no repository of that id could be had from the Hub"),
+    (["inspect", "{adapter}/adapter_config.json"], "json is a file. Name the folder that it is in: {adapter}"),
+    (["inspect", "{cut}"], "The adapter_config.json of {cut} cannot be read: it is no JSON ("),
+    (
+        ["inspect", "{list}"],
+        "The adapter_config.json of {list} cannot be read: it is no JSON object with a `peft_type`",
+    ),
+    (["inspect", "{torn}"], "adapter_model.bin of {torn} cannot be read"),
     (["inspect", "{tmp}"], "There is no adapter_config.json in {tmp}"),
     (["inspect", "{adapter}", "--task", "sst"], "Unknown task 'sst'. Did you mean 'sst2'?"),
     (["inspect", "{adapter}", "--task", "3"], "must lie in [0, 2], got 3"),
     (["inspect", "{adapter}", "--plot", "{tmp}/a.docx"], "a.docx must end in one of"),
     (["inspect", "{adapter}", "--html", "{tmp}"], "{tmp} is a folder"),
+    (["inspect", "{adapter}", "--plot", "{file}/a.png"], "{file}/a.png cannot be written (File exists: {file})"),
+    (["inspect", "{adapter}", "--html", "/proc/no/a.html"], "a.html cannot be written (No such file or directory"),
+    (["export", "{adapter}", "--base", "{base}", "-o", "{file}/out"], "{file}/out cannot be written (Not a directory"),
+    (
+        ["export", "{adapter}", "--base", "{file}", "-o", "{tmp}/out"],
+        "The base model '{file}' cannot be loaded: {file} is",
+    ),
+    (
+        ["export", "{adapter}", "--base", "{wide}", "-o", "{tmp}/out"],
+        "{adapter} does not fit the base model: poly_lora_A",
+    ),
+    (
+        ["merge", "{adapter}", "--base", "{wide}", "--task", "rte", "-o", "{tmp}/out"],
+        "other sizes than its config.json",
+    ),
+    (["convert", "{file}", "{tmp}/out", "--to", "POLY"], "{file} is no checkpoint that torch can read"),
     (["export", "{adapter}", "--base", "{base}"], "Missing option '--output'"),
     (["export", "{adapter}", "--output", "{tmp}/out"], "names no base model. Pass --base"),
     (["export", "{adapter}", "--base", "{base}", "--task", "x", "-o", "{tmp}/out"], "Unknown task 'x'"),
@@ -476,7 +504,7 @@ BAD_INPUT = [
     (["convert", "nowhere", "{tmp}/out", "--to", "POLY"], "'nowhere' is no folder"),
     (["convert", "{lora}", "{tmp}/out", "--to", "POLY"], "holds a LORA adapter"),
     (["convert", "{adapter}", "{tmp}/out"], "Missing option '--to'"),
-    (["convert", "{adapter}", "{tmp}/out", "--to", "LORA"], "'LORA' is not one of 'PEFT_POLY', 'POLY'"),
+    (["convert", "{adapter}", "{tmp}/out", "--to", "LORA"], "for '--to': 'LORA' is not one of 'PEFT_POLY', 'POLY'"),
     (["convert", "{adapter}", "{tmp}/out", "--to", "POLY", "--set", "r"], "--set takes NAME=VALUE, got 'r'"),
     (
         ["convert", "{adapter}", "{tmp}/out", "--to", "POLY", "--set", "r=2"],
@@ -495,7 +523,16 @@ def places(saved, tmp_path_factory):
     CASES["gpt2"].make().save_pretrained(folder / "gpt2")
     shutil.copytree(saved[0] / "base", folder / "broken")
     (folder / "broken" / "model.safetensors").write_bytes(b"broken")
-    names = {name: str(folder / name) for name in ("lora", "poly", "mlp", "gpt2", "broken")}
+    (folder / "file").write_text("nothing")
+    for name, config in (("cut", '{"peft_type": "PEFT_POLY", '), ("list", "[1]")):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(config)
+    shutil.copytree(saved[0] / "adapter", folder / "torn", ignore=shutil.ignore_patterns(WEIGHTS))
+    (folder / "torn" / "adapter_model.bin").write_bytes(b"\x80\x04torn")
+    shutil.copytree(saved[0] / "base", folder / "wide")
+    wide = json.loads((folder / "wide" / "config.json").read_text())
+    (folder / "wide" / "config.json").write_text(json.dumps(wide | {"hidden_size": 2 * wide["hidden_size"]}))
+    names = {path.name: str(path) for path in folder.iterdir()}
     return {**names, "adapter": str(saved[0] / "adapter"), "base": str(saved[0] / "base")}
 
 
@@ -507,7 +544,8 @@ class TestBadInput:
         places = {**places, "tmp": str(tmp_path)}
         code, out, err = run(*(arg.format(**places) for arg in args))
         assert (code, out) == (2, "")
-        (line,) = err.splitlines()
+        *warned, line = err.splitlines()
+        assert all(before.startswith("peft-poly: warning: ") for before in warned)
         assert line.startswith("peft-poly: error: ")
         assert message.format(**places) in line
         assert not list(tmp_path.iterdir())
@@ -533,7 +571,7 @@ class TestBadInput:
     def test_a_missing_extra_says_what_to_install(self, run, adapter, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         code, _, err = run("inspect", adapter, "--plot", tmp_path / "a.png")
-        assert (code, err) == (2, "peft-poly: error: Pictures need matplotlib. Run: pip install 'peft-poly[plot]'\n")
+        assert (code, err) == (2, "peft-poly: error: Pictures need matplotlib. Run: pip install matplotlib scipy\n")
 
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "command-line.md"

@@ -171,5 +171,5 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, missing):
 
     monkeypatch.setattr(builtins, "__import__", without)
     draw = plots.plot_heat_map if missing == "matplotlib" else plots.plot_dendrogram
-    with pytest.raises(ImportError, match=r"Run: pip install 'peft-poly\[plot\]'"):
+    with pytest.raises(ImportError, match=r"Run: pip install matplotlib scipy"):
         draw(random_routing())

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from ..adapter.sharing import router_group
 from ..compute.kinds import KINDS
 from ..config import PolyConfig
+from .reading import read_config
 from .staging import staged
 
 __all__ = ["convert_checkpoint"]
@@ -31,6 +32,8 @@ Tensors = dict[str, torch.Tensor]
 PREFIX = "base_model.model."
 A_KEY, B_KEY, ROUTER_KEY = ".poly_lora_A", ".poly_lora_B", ".poly_router.module_logits"
 LIGHTNING = {".lora_a": A_KEY, ".lora_b": B_KEY, ".selector.module_logits": ROUTER_KEY}
+
+TORN = ("invalid load key", "Unsupported operand")  # what torch says of bytes that are no pickle
 
 # Settings that change neither the tensors nor what the adapter computes at eval, and so may be given anew.
 FREE = {
@@ -92,9 +95,7 @@ def convert_checkpoint(
 # ------------------------------------------------------------------------------------------------------------ reading
 def _read_folder(source: str, revision: Optional[str], settings: dict[str, Any]) -> tuple[PolyConfig, Tensors]:
     hub: dict[str, Any] = {} if revision is None else {"revision": revision}
-    found = PeftConfig.from_pretrained(source, **hub)
-    if not isinstance(found, (PolyConfig, peft.PolyConfig)):
-        raise ValueError(f"{source} holds an adapter of type {found.peft_type}; only POLY and PEFT_POLY are converted.")
+    found = read_config(source, **hub)
     _check_settings(settings, FREE, "of a saved adapter")
     tensors = load_peft_weights(source, device="cpu", **hub)
     config = PolyConfig(**{**_values(found, PolyConfig), **settings})
@@ -107,7 +108,9 @@ def _read_lightning(file: Path, prefix: str, settings: dict[str, Any]) -> tuple[
         raise ValueError(f"{file} is part of a saved adapter. Pass its folder, {file.parent}.")
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a torn pickle fails in as many ways as there are bytes
+        if not isinstance(error, pickle.UnpicklingError) or any(torn in str(error) for torn in TORN):
+            raise ValueError(f"{file} is no checkpoint that torch can read.") from error
         raise ValueError(
             f"{file} holds Python objects besides tensors, and those are not unpickled, for a file can run code that "
             "way. If you trust it, load it with `torch.load(file, weights_only=False)`, save its state dict with "

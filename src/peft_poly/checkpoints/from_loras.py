@@ -26,6 +26,7 @@ from ..compute.kinds import KINDS
 from ..config import PolyConfig, check_task_names
 from ..layer import PolyLayer
 from .export import exact_targets
+from .finding import find_file
 
 __all__ = ["from_loras"]
 
@@ -111,6 +112,7 @@ def _check_arguments(base_model: nn.Module, own_weight: Optional[float], config:
 
 
 def _lora_config(name: str, source: str) -> LoraConfig:
+    find_file(source, ("adapter_config.json",))
     config = PeftConfig.from_pretrained(source)
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"The adapter for task {name!r} is of type {config.peft_type}; only LORA can become a skill.")

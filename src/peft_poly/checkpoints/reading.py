@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Optional, Union, cast
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from ..adapter.sharing import router_group
@@ -24,8 +21,9 @@ from ..config import PolyConfig
 from ..layer import PolyLayer
 from ..router import Router
 from ..tasks.ids import resolve_task
+from .finding import find_file
 
-__all__ = ["Routing", "find_file", "read_config", "read_routing"]
+__all__ = ["Routing", "read_config", "read_routing"]
 
 CONFIG = "adapter_config.json"
 ROUTER_KEY = "poly_router.module_logits"
@@ -125,19 +123,19 @@ def read_routing(source: Union[nn.Module, str, Path], adapter_name: Optional[str
 
 def read_config(source: Union[str, Path], **hub_kwargs: Any) -> PeftConfig:
     """The config of a saved adapter, of this package or of PEFT's own Poly; arguments and errors of `read_routing`."""
-    find_file(source, (CONFIG,), **hub_kwargs)
+    path = find_file(source, (CONFIG,), **hub_kwargs)
     try:
-        config = PeftConfig.from_pretrained(str(source), **hub_kwargs)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The {CONFIG} of {source} cannot be read: {type(error).__name__}: {error}") from error
-    peft_type = getattr(config.peft_type, "value", config.peft_type)
-    if peft_type is None:
-        raise ValueError(f"The {CONFIG} of {source} cannot be read: it has no `peft_type`.")
-    if peft_type not in TYPES:
-        raise ValueError(
-            f"{source} holds a {peft_type} adapter, which has no router. Wanted is one of {', '.join(TYPES)}."
-        )
-    return config
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or "peft_type" not in saved:
+            raise ValueError("it is no JSON object with a `peft_type`.")
+        if saved["peft_type"] in TYPES:
+            return PeftConfig.from_pretrained(str(source), **hub_kwargs)
+    except (OSError, TypeError, ValueError) as error:
+        said = f"it is no JSON ({error})" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"The {CONFIG} of {source} cannot be read: {said}") from error
+    raise ValueError(
+        f"{source} holds a {saved['peft_type']} adapter, which has no router. Wanted is one of {', '.join(TYPES)}."
+    )
 
 
 def _routing_of_model(model: nn.Module, adapter_name: Optional[str]) -> Routing:
@@ -187,7 +185,7 @@ def _saved_logits(source: Union[str, Path], **hub_kwargs: Any) -> dict[str, torc
     path = find_file(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **hub_kwargs)
     try:
         tensors = _tensors_ending(path, ROUTER_KEY)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a torn pickle fails in as many ways as there are bytes
         raise ValueError(f"{path.name} of {source} cannot be read: {error}") from error
     if not tensors:
         raise ValueError(f"{path.name} of {source} has no tensor named ...{ROUTER_KEY}: it holds no router.")
@@ -206,26 +204,3 @@ def _tensors_ending(path: Path, ending: str) -> dict[str, torch.Tensor]:
 def _natural(key: str) -> list[tuple[int, str]]:
     """Sorts block 10 behind block 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
-
-
-def find_file(source: Union[str, Path], names: Iterable[str], **hub_kwargs: Any) -> Path:
-    """The first of the named files that a folder or Hub repository has; arguments and errors of `read_routing`."""
-    names, folder = tuple(names), Path(source, hub_kwargs.get("subfolder") or "")
-    if folder.is_dir():
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
-        inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-        hint = f" Its folder(s) {', '.join(inner[:5])} hold one: name that." if inner else ""
-        raise FileNotFoundError(f"There is no {' or '.join(names)} in {folder}.{hint}")
-    for name in names:
-        try:
-            return Path(hf_hub_download(str(source), name, **hub_kwargs))
-        except (OSError, ValueError) as error:  # no such file or repository, offline, or a path that can be no id
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                continue
-            reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(
-                f"{str(source)!r} is no folder, and no adapter could be had from the Hub by that id: {reason}"
-            ) from error
-    raise FileNotFoundError(f"The repository {source} on the Hub has no {' or '.join(names)}.")

@@ -1,4 +1,4 @@
-"""Writing a folder so that a write that fails leaves nothing behind and never harms what was there."""
+"""Writing a folder, or a file, so that a write that fails leaves nothing behind and never harms what was there."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["check_target", "staged"]
+__all__ = ["check_target", "staged", "staged_file"]
 
 SAVED = ("adapter_config.json", "config.json")  # what a folder that we may replace holds, itself or in its subfolders
 
@@ -29,6 +29,7 @@ def staged(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
 
     Raises:
         FileExistsError: the target is a file, or a folder that is not empty and may not be replaced.
+        OSError: nothing can be written there.
 
     Example:
 
@@ -45,14 +46,39 @@ def staged(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
     """
     target = Path(target).resolve()
     check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = _sibling(target, "writing")
-    staging.mkdir()
+    with _saying(target):
+        staging.mkdir(parents=True)
     try:
         yield staging
         _put(staging, target, overwrite)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Write a file under a temporary name beside `path`, with its ending, and rename it to `path` at the end.
+
+    Args:
+        path: the file to write; its folder is made if it is not there, and a file that is there is replaced.
+
+    Yields:
+        The temporary file to write.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    staging = _sibling(path, "writing", path.suffix)
+    try:
+        with _saying(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging.touch()
+        yield staging
+        os.replace(staging, path)
+    finally:
+        with suppress(OSError):
+            staging.unlink()
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -89,5 +115,14 @@ def _put(staging: Path, target: Path, overwrite: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sibling(target: Path, word: str) -> Path:
-    return target.parent / f".{target.name}.{word}-{uuid.uuid4().hex[:8]}"
+@contextmanager
+def _saying(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        said = f"{error.strerror}: {error.filename}"
+        raise type(error)(f"{target} cannot be written ({said}). Choose another place.") from error
+
+
+def _sibling(target: Path, word: str, ending: str = "") -> Path:
+    return target.parent / f".{target.name}.{word}-{uuid.uuid4().hex[:8]}{ending}"

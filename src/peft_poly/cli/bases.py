@@ -11,14 +11,15 @@ from typing import Any, Optional, Union
 
 import torch
 import transformers
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..checkpoints.reading import find_file
+from ..checkpoints.finding import find_file
 
-__all__ = ["base_model_name", "hollow_base_model", "load_base_model", "save_tokenizer"]
+__all__ = ["base_model_name", "hollow_base_model", "load_base_model", "save_tokenizer", "with_adapter"]
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -30,6 +31,7 @@ AUTO_CLASSES = {
 }
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 LAST_OF_HEAD = re.compile(r"\.(classifier|score|classifier\.out_proj)\.weight$")
+CONFIG = "config.json"
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 
 
@@ -57,7 +59,7 @@ def load_base_model(source: Union[str, Path], config: PeftConfig, base: str) -> 
         ValueError: there is no such base model, or its class is none of transformers.
     """
     cls, labels = _model_class(config), _labels(source, config)
-    with _saying(base):  # a head of another size is replaced by the adapter's
+    with _loading(config, base):  # a head of another size is replaced by the adapter's
         return cls.from_pretrained(
             base, dtype="auto", ignore_mismatched_sizes=bool(labels), **_revision(config, base), **labels
         )
@@ -71,7 +73,7 @@ def hollow_base_model(source: Union[str, Path], config: PeftConfig, base: str) -
     """
     cls = _model_class(config)
     options = {**_revision(config, base), **_labels(source, config)}
-    with _saying(base):
+    with _loading(config, base):
         model_config = transformers.AutoConfig.from_pretrained(base, **options)
     make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     with torch.device("meta"):
@@ -81,6 +83,19 @@ def hollow_base_model(source: Union[str, Path], config: PeftConfig, base: str) -
             hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
             setattr(module, name, nn.Parameter(hollow, requires_grad=False))
     return model
+
+
+def with_adapter(model: nn.Module, source: str, **kwargs: Any) -> Any:
+    """The base model with the saved adapter on it; `kwargs` are those of `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: the adapter was trained on a model of other sizes.
+    """
+    try:
+        return PeftModel.from_pretrained(model, source, **kwargs)
+    except RuntimeError as error:  # of torch: a heading, and then a line for every tensor
+        said = str(error).strip().splitlines()
+        raise ValueError(f"{source} does not fit the base model: {said[min(1, len(said) - 1)].strip()}") from error
 
 
 def save_tokenizer(base: str, folder: Path) -> bool:
@@ -108,11 +123,14 @@ def _model_class(config: PeftConfig) -> Any:
 
 
 @contextmanager
-def _saying(base: str) -> Iterator[None]:
+def _loading(config: PeftConfig, base: str) -> Iterator[None]:
     try:
+        find_file(base, (CONFIG,), **_revision(config, base))  # transformers asks many times for what is not there
         yield
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"The base model {base!r} cannot be loaded: {error}") from error
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        unfit = "ignore_mismatched_sizes" in str(error)  # transformers says it in a table, which is not shown
+        reason = "its weights have other sizes than its config.json says." if unfit else error
+        raise ValueError(f"The base model {base!r} cannot be loaded: {reason}") from error
 
 
 def _revision(config: PeftConfig, base: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from peft import PeftModel
 from peft.config import PeftConfig
 
 from ..checkpoints.conversion import convert_checkpoint
@@ -26,7 +25,7 @@ from ..config import PolyConfig
 from ..insight.plots import save_plots
 from ..insight.report import write_report
 from . import tables
-from .bases import base_model_name, hollow_base_model, load_base_model, save_tokenizer
+from .bases import base_model_name, hollow_base_model, load_base_model, save_tokenizer, with_adapter
 from .terminal import console, note, print_json, quiet_libraries, working
 
 __all__ = ["compare", "convert", "export", "inspect", "merge"]
@@ -62,7 +61,7 @@ def export(source: str, output: Path, *, base: Optional[str], task: Optional[str
     name = base_model_name(config, base)
     check_target(output, force)
     quiet_libraries()
-    model: Any = PeftModel.from_pretrained(hollow_base_model(source, config, name), source, low_cpu_mem_usage=True)
+    model = with_adapter(hollow_base_model(source, config, name), source, low_cpu_mem_usage=True)
     printed = io.StringIO()
     with working("Exporting"), contextlib.redirect_stdout(printed):
         written = model.export_lora(task_id, output, overwrite=force)
@@ -83,7 +82,7 @@ def merge(source: str, task: str, output: Path, *, base: Optional[str], safe: bo
     name = base_model_name(config, base)
     with staged(output, force) as folder:
         quiet_libraries()
-        model: Any = PeftModel.from_pretrained(load_base_model(source, config, name), source)
+        model = with_adapter(load_base_model(source, config, name), source)
         merged = model.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=safe, task=task_id)
         with working("Saving"):
             merged.save_pretrained(folder)

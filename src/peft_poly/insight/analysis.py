@@ -97,7 +97,7 @@ def task_linkage(routing: Routing, method: str = "average") -> Any:
     try:
         from scipy.cluster import hierarchy
     except ImportError as error:
-        raise ImportError("A tree of tasks needs scipy. Run: pip install 'peft-poly[plot]'") from error
+        raise ImportError("A tree of tasks needs scipy. Run: pip install matplotlib scipy") from error
     upper = torch.triu_indices(routing.shape[0], routing.shape[0], offset=1)
     distances = 1 - task_similarity(routing)[upper[0], upper[1]]
     return hierarchy.linkage(distances.numpy(), method=method, optimal_ordering=routing.shape[0] <= 200)

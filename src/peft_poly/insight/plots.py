@@ -1,13 +1,11 @@
 """Pictures of a router with matplotlib: which task uses which skill, and which tasks are alike.
 
-Needs `pip install 'peft-poly[plot]'`. Every function draws on the Axes it is given, or on those of a new figure, and
+Needs `pip install matplotlib scipy`. Every function draws on the Axes it is given, or on those of a new figure, and
 returns them.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 import torch
 
 from ..checkpoints.reading import Routing
+from ..checkpoints.staging import staged_file
 from .analysis import span, task_linkage, task_order, task_skill_matrix
 
 if TYPE_CHECKING:
@@ -140,13 +139,8 @@ def save_plots(routing: Routing, path: Union[str, Path], task: Union[int, str, N
     plot_heat_map(routing, task=task, order=task_order(routing) if two else None, ax=axes[0])
     if two:
         plot_dendrogram(routing, ax=axes[1])
-    staging = path.parent / f".{path.name}.writing-{uuid.uuid4().hex[:8]}{path.suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with staged_file(path) as staging:
         figure.savefig(staging, dpi=150)
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
     return path
 
 
@@ -191,4 +185,4 @@ def _matplotlib(module: str) -> Any:
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib. Run: pip install 'peft-poly[plot]'") from error
+        raise ImportError("Pictures need matplotlib. Run: pip install matplotlib scipy") from error

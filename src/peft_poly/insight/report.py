@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, Union
 import torch
 
 from ..checkpoints.reading import Routing
+from ..checkpoints.staging import staged_file
 from .analysis import (
     effective_skills,
     layer_metrics,
@@ -203,13 +202,8 @@ def write_report(routing: Routing, path: Union[str, Path], **kwargs: Any) -> Pat
     """
     path = Path(path)
     text = render_report(routing, **kwargs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.parent / f".{path.name}.writing-{uuid.uuid4().hex[:8]}"
-    try:
+    with staged_file(path) as staging:
         staging.write_text(text, encoding="utf-8")
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
     return path
 
 
