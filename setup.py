@@ -24,7 +24,13 @@ EXTRAS = {
     "llm": ["datasets>=4.4", "gguf>=0.17", "trl>=0.24"],  # for examples/assistants.py; the Makefile adds the weights
     "plot": ["matplotlib>=3.9", "scipy>=1.13"],
     "quality": ["mypy>=1.14", "ruff>=0.9"],
-    "serve": ["fastapi>=0.115", "httpx>=0.27", "pydantic>=2.7", "uvicorn>=0.30"],  # for examples/serve.py
+    "serve": [
+        "fastapi>=0.115",
+        "httpx>=0.27",
+        "prometheus-client>=0.20",
+        "pydantic>=2.7",
+        "uvicorn>=0.30",
+    ],  # for examples/serve.py
     "train": ["datasets>=4.4", "trl>=0.24"],  # for the guides to the Trainer and to TRL
 }
 EXTRAS["test"] = [

@@ -7,19 +7,33 @@ its `run` answers many of them at once, each row with the task of its own. `chec
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from peft import PeftConfig
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt
+from pydantic_core import PydanticCustomError
 from ranking import Ranker, load_tasks
 from torch.nn.utils.rnn import pad_sequence
+from transformers import StoppingCriteriaList
 
 
 class UnknownTaskError(Exception):
     """The adapter has no such task; the message has the closest match."""
+
+
+def is_blank(text: str) -> bool:
+    """Whether it has nothing but spaces, and characters for control and format."""
+    return all(unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Zs") for character in text)
+
+
+def _not_blank(text: str) -> str:
+    if is_blank(text):
+        raise PydanticCustomError("blank", "The text is blank; it needs a character that can be seen")
+    return text
 
 
 Option = Annotated[str, Field(min_length=1, max_length=2_000)]  # without a limit, pydantic lets half characters in
@@ -30,7 +44,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     task: StrictInt | Annotated[str, Field(max_length=1_000)] = Field(description="A task's name or id.")
-    input: str = Field(min_length=1, max_length=20_000)
+    input: Annotated[str, Field(min_length=1, max_length=20_000), AfterValidator(_not_blank)]
 
 
 class RankRequest(Request):
@@ -106,6 +120,7 @@ class Service:
             )
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_length, self.max_new_tokens, self.source = max_length, max_new_tokens, source
+        self.stopping = False  # nobody waits any more for what is being computed
 
     @property
     def tasks(self) -> list[Any]:
@@ -151,9 +166,9 @@ class Service:
         """Token ids of a text.
 
         Raises:
-            ValueError: it is too long, or has none.
+            ValueError: it is too long, or has none but those that a tokenizer adds to a blank.
         """
-        ids = self.tokenizer(text)["input_ids"]
+        ids = [] if is_blank(text) else self.tokenizer(text)["input_ids"]
         if not 0 < len(ids) <= self.max_length:
             raise ValueError(f"The {what} has {len(ids)} tokens; 1 to {self.max_length} are allowed.")
         return ids
@@ -320,7 +335,11 @@ class GenerateService(Service):
         batch = self.padded(item.tokens for item in items)
         most = max(item.max_new_tokens for item in items)
         greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": self.tokenizer.pad_token_id}
-        made = self.model.generate(**batch, task_ids=[item.task for item in items], max_new_tokens=most, **greedy)
+        until = StoppingCriteriaList(
+            [lambda ids, scores, **_: torch.full_like(ids[:, 0], self.stopping, dtype=torch.bool)]
+        )
+        tasks = [item.task for item in items]
+        made = self.model.generate(**batch, task_ids=tasks, max_new_tokens=most, stopping_criteria=until, **greedy)
         start = batch["input_ids"].shape[1] if self.prompt_first else 1  # a decoder begins with a start token
         rows = [row[start : start + item.max_new_tokens] for row, item in zip(made, items, strict=True)]
         return [GenerateAnswer(output=text) for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]

@@ -18,7 +18,7 @@ from typing import Any
 
 
 class RefusedError(Exception):
-    """The request was not taken: too many wait already, or the server is stopping."""
+    """The request was not answered: too many wait already, it waited too long, or the server is stopping."""
 
 
 @dataclass
@@ -39,6 +39,13 @@ class Waiting:
     future: asyncio.Future[Any]
     arrived: float
 
+    def give_up(self, why: str) -> bool:
+        """Refuse it, unless it was answered or its client has gone; says whether it was refused."""
+        waits = not self.future.done()
+        if waits:
+            self.future.set_exception(RefusedError(why))
+        return waits
+
 
 class Batcher:
     """Collects items and hands them to `run` in batches. Use it as `async with Batcher(...) as batcher`.
@@ -48,11 +55,12 @@ class Batcher:
         max_batch: most items of a batch.
         max_wait: seconds that an item waits for company at most.
         max_queue: most items that wait; what comes on top is refused.
+        max_delay: seconds beyond `max_wait` after which an item that still waits for its batch is refused.
         kind: what an item is of, its task for one; counted in the stats.
         mixed: whether a batch may hold items of several kinds. False is there to compare with.
 
     Raises:
-        ValueError: `max_batch` or `max_queue` is below 1, or `max_wait` below 0.
+        ValueError: `max_batch` or `max_queue` is below 1, `max_wait` below 0, or `max_delay` not above 0.
     """
 
     def __init__(
@@ -62,16 +70,17 @@ class Batcher:
         max_batch: int = 32,
         max_wait: float = 0.005,
         max_queue: int = 256,
+        max_delay: float = 30.0,
         kind: Callable[[Any], Hashable] = lambda item: None,
         mixed: bool = True,
     ) -> None:
-        if max_batch < 1 or max_queue < 1 or max_wait < 0:
+        if max_batch < 1 or max_queue < 1 or max_wait < 0 or max_delay <= 0:
             raise ValueError(
-                "A batcher needs max_batch and max_queue of 1 at least, and a max_wait of 0 or more; got "
-                f"{max_batch}, {max_queue} and {max_wait}."
+                "A batcher needs max_batch and max_queue of 1 at least, a max_wait of 0 or more, and a max_delay above "
+                f"0; got {max_batch}, {max_queue}, {max_wait} and {max_delay}."
             )
         self.run, self.kind, self.mixed = run, kind, mixed
-        self.max_batch, self.max_wait, self.max_queue = max_batch, max_wait, max_queue
+        self.max_batch, self.max_wait, self.max_queue, self.max_delay = max_batch, max_wait, max_queue, max_delay
         self.stats = Stats()
         self._waiting: list[Waiting] = []
         self._stopping = True
@@ -104,7 +113,7 @@ class Batcher:
         """The answer to one item.
 
         Raises:
-            RefusedError: the queue is full, or the server is stopping.
+            RefusedError: the queue is full, the item has waited for `max_delay`, or the server is stopping.
             Exception: what `run` raised for this item.
         """
         if self._stopping or len(self._waiting) >= self.max_queue:
@@ -116,7 +125,11 @@ class Batcher:
         waiting = Waiting(item, loop.create_future(), loop.time())
         self._waiting.append(waiting)
         self._news.set()
-        return await waiting.future
+        late = loop.call_later(self.max_wait + self.max_delay, self._late, waiting)
+        try:
+            return await waiting.future
+        finally:
+            late.cancel()
 
     async def between(self, work: Callable[[], Any]) -> Any:
         """What `work()` returns, called in the thread of the batches while none is computed.
@@ -125,6 +138,15 @@ class Batcher:
             Exception: what `work` raised.
         """
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    def _late(self, waiting: Waiting) -> None:
+        """Refuse an item that still waits; one that is being computed gets its answer."""
+        if waiting in self._waiting:
+            self._waiting.remove(waiting)
+            self.stats.refused += waiting.give_up(
+                f"The request has waited for {self.max_delay:g} s, and its turn has not come."
+            )
+            self._news.set()
 
     async def _serve(self) -> None:
         while self._waiting or not self._stopping:
@@ -136,9 +158,9 @@ class Batcher:
 
     async def _gather(self) -> None:
         """Wait until a batch is full, or its first item has waited long enough."""
-        loop, first = asyncio.get_running_loop(), self._waiting[0]
-        while len(self._waiting) < self.max_batch and not self._stopping:
-            left = first.arrived + self.max_wait - loop.time()
+        loop = asyncio.get_running_loop()
+        while 0 < len(self._waiting) < self.max_batch and not self._stopping:
+            left = self._waiting[0].arrived + self.max_wait - loop.time()
             if left <= 0:
                 return
             await self._wait_for_news(left)

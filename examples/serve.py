@@ -5,16 +5,19 @@
 
 An adapter with a head per task answers with labels (`/classify`), one of an encoder without ranks options (`/rank`),
 one of a language model generates (`/generate`). `/tasks` lists what a request may name, `/docs` is the page that tries
-it out, `/healthz` and `/stats` are for those who keep it running, and so is `/reload`, which reads the saved adapter
-again, with the tasks that it has by then.
-A wrong request is refused before it gets into a batch, and when too many wait, the next one is refused at once (503).
+it out. `/healthz`, `/stats` and `/metrics` (Prometheus text) are for those who keep it running, and so is `/reload`,
+which reads the saved adapter again, with the tasks that it has by then.
+A wrong request is refused before it gets into a batch; when too many wait, the next one is refused at once, and one
+that has waited too long is, too (503). `detail` says why, in a sentence, whatever the error is.
 """
 
 import argparse
+import asyncio
 import json
+import sys
 import time
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +29,10 @@ from answering import ClassifyService, GenerateService, RankService, Service, Un
 from batching import Batcher, RefusedError
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
+from metrics import Measured, registry_of
 from peft import PeftConfig, PeftModel
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from train_multitask import MINILM, Arguments, load_encoder
 from transformers import (
     AutoModelForCausalLM,
@@ -39,9 +45,20 @@ from peft_poly import PolyConfig
 
 GENERATORS = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
 SERVED = ("FEATURE_EXTRACTION", "SEQ_CLS", *GENERATORS)
+GRACE = 10  # seconds that a server which is told to stop goes on answering
+
+
+class Problem(BaseModel):
+    """What every error answers."""
+
+    detail: str
+
+
 REFUSALS = {
-    404: {"description": "There is no such task; the message has the closest match."},
-    503: {"description": "Too many requests wait, or the server is stopping. Try again."},
+    404: {"description": "There is no such task; the message has the closest match.", "model": Problem},
+    422: {"description": "The request is wrong; the message says where.", "model": Problem},
+    500: {"description": "The model failed on this request; the server's log says how.", "model": Problem},
+    503: {"description": "Too many requests wait, or for too long, or the server stops. Try again.", "model": Problem},
 }
 
 
@@ -53,11 +70,13 @@ def create_app(service: Service, **batching: Any) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with batcher:
             yield
+            service.stopping = True
 
-    app = FastAPI(title="Tasks of one adapter", lifespan=lifespan)
+    app, registry = FastAPI(title="Tasks of one adapter", lifespan=lifespan), registry_of(batcher)
+    app.add_middleware(Measured, registry=registry)
 
     @app.post(service.path, responses=REFUSALS)
-    async def answer(request: service.request) -> service.answer:
+    async def answer(request: service.request, http: Request) -> service.answer:
         try:
             item = service.check(request)
         except UnknownTaskError as error:
@@ -65,15 +84,21 @@ def create_app(service: Service, **batching: Any) -> FastAPI:
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         try:
-            return await batcher.submit(item)
+            return await unless_gone(http, batcher.submit(item))
         except RefusedError as error:
             raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
+        except asyncio.CancelledError as error:  # by uvicorn, after GRACE
+            raise HTTPException(503, "The server is stopping.", headers={"Retry-After": "1"}) from error
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         """Says what is wrong and where, without the input: it may be long, or hold half a character."""
-        detail = [{key: part[key] for key in ("type", "loc", "msg")} for part in error.errors()]
-        return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
+        parts = [f"{'.'.join(map(str, part['loc'][1:])) or 'body'}: {part['msg']}." for part in error.errors()]
+        return problem(422, " ".join(parts))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return problem(500, "The server failed on this request; its log says how.")
 
     @app.get("/tasks")
     async def tasks() -> dict[str, Any]:
@@ -93,11 +118,43 @@ def create_app(service: Service, **batching: Any) -> FastAPI:
             raise HTTPException(503, "The server is stopping.")
         return {"status": "ok"}
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
     @app.get("/stats")
     async def stats() -> dict[str, int | float]:
         return {**asdict(batcher.stats), "waiting": batcher.waiting, "cpu_seconds": time.process_time()}
 
     return app
+
+
+def problem(status: int, detail: str) -> Response:
+    """An answer that says what is wrong; `json` escapes what UTF-8 cannot say."""
+    return Response(json.dumps({"detail": detail}), status, media_type="application/json")
+
+
+async def unless_gone(http: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """What `work` returns; it is cancelled when the client hangs up."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HTTPException(499, "The client has hung up.")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+def say(text: str) -> None:
+    """Tell who started the server what it does."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def load_service(args: argparse.Namespace) -> Service:
@@ -119,6 +176,7 @@ def load_service(args: argparse.Namespace) -> Service:
         raise ValueError(f"{adapter} has the task type {config.task_type}; this script serves {allowed}.")
     if not (name or results.exists()):  # what `train_multitask.py` wrote may leave it out, and means MiniLM
         raise ValueError(f"The config of {adapter} names no base model. Pass --model with a Hub id or a folder.")
+    say(f"Loading the base model {name or 'MiniLM'}, and the adapter {adapter} ...")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.task_type == "FEATURE_EXTRACTION":
         settings = Arguments(**{**trained, "model": "" if name == MINILM else name})
@@ -158,6 +216,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_batch", type=int, default=32, help="most requests of a batch (default: 32)")
     add("--max_wait", type=float, default=5, help="milliseconds that a request waits for company (default: 5)")
     add("--max_queue", type=int, default=256, help="most requests that wait; more are refused (default: 256)")
+    add(
+        "--max_delay",
+        type=float,
+        default=30,
+        help="seconds that a request waits at most for its batch, then 503 (default: 30)",
+    )
     add("--max_length", type=int, help="most tokens of a text (default: as trained, or 512)")
     add("--max_new_tokens", type=int, default=256, help="most tokens that a request may ask for (default: 256)")
     add("--unknown_task", choices=("error", "mean"), help="what a name gets that the adapter lacks (default: as saved)")
@@ -170,13 +234,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         service = load_service(args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (OSError, ValueError) as error:
         hint = "" if Path(args.adapter).is_dir() else " (`make demo` trains one, into outputs/multitask.)"
         raise SystemExit(f"error: {error}{hint}") from error
     batching = {"max_batch": args.max_batch, "max_wait": args.max_wait / 1000, "max_queue": args.max_queue}
-    app = create_app(service, **batching, mixed=not args.one_task_batches)
-    print(f"{len(service.tasks)} tasks: {', '.join(map(str, service.tasks))}")
-    uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=30, access_log=False)
+    try:
+        app = create_app(service, **batching, max_delay=args.max_delay, mixed=not args.one_task_batches)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{len(service.tasks)} tasks: {', '.join(map(str, service.tasks))}", flush=True)
+    try:
+        uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=GRACE, access_log=False)
+    finally:
+        service.stopping = True  # after a second Ctrl-C, which waits for nobody
 
 
 if __name__ == "__main__":

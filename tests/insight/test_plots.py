@@ -10,10 +10,12 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from scipy.cluster import hierarchy
 from test_analysis import gates_of, random_gates, random_routing, routing_of
 
 from peft_poly.insight import analysis, plots
+from peft_poly.insight.analysis import Routing
 
 matplotlib.use("Agg")
 
@@ -30,6 +32,70 @@ def cells(ax):
 
 def labels(axis):
     return [tick.get_text() for tick in axis.get_ticklabels()]
+
+
+def renamed(routing, names):
+    return Routing(tuple(names), routing.weights, routing.probabilities, routing.config)
+
+
+def texts(figure):
+    """The boxes, in pixels, of every text that is seen in a picture."""
+    figure.draw_without_rendering()
+    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    shown = {id(label) for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for label in seen(axis)}
+    ticks = {id(label) for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for label in axis.get_ticklabels()}
+    return [(text.get_text(), text.get_window_extent()) for text in found if id(text) in shown or id(text) not in ticks]
+
+
+def seen(axis):
+    """The labels of an axis that lie within what it shows."""
+    low, high = sorted(axis.get_view_interval())
+    return [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+
+
+def assert_readable(figure):
+    """No text touches another, and none leaves the picture."""
+    boxes, picture = texts(figure), figure.bbox
+    assert len(boxes) > 5
+    for n, (text, box) in enumerate(boxes):
+        assert picture.x0 - 1 <= box.x0 <= box.x1 <= picture.x1 + 1, text
+        assert picture.y0 - 1 <= box.y0 <= box.y1 <= picture.y1 + 1, text
+        touching = [other for other, around in boxes[n + 1 :] if box.overlaps(around)]
+        assert not touching, (text, touching)
+
+
+LONG = "a task whose name somebody has made as long as a line, number {}"
+
+
+class TestReadability:
+    @pytest.fixture(params=[(3, 2, "t{}"), (3, 8, LONG), (10, 24, "t{}"), (50, 4, LONG)], ids="{0[0]}, {0[1]}".format)
+    def routing(self, request):
+        n_tasks, n_skills, name = request.param
+        return renamed(random_routing(n_tasks, n_skills=n_skills), [name.format(n) for n in range(n_tasks)])
+
+    def test_no_label_of_a_saved_picture_touches_another(self, tmp_path, monkeypatch, routing):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+        plots.save_plots(routing, tmp_path / "a.png")
+        assert_readable(figures[0])
+
+    def test_no_label_of_a_heat_map_touches_another(self, routing):
+        assert_readable(plots.plot_heat_map(routing, split=1).figure)
+
+    def test_no_label_of_two_heat_maps_touches_another(self, routing):
+        (first, *_) = plots.plot_heat_maps({"teacher": routing, "student": routing})
+        assert_readable(first.figure)
+
+    def test_no_label_of_a_tree_touches_another(self, routing):
+        assert_readable(plots.plot_dendrogram(routing).figure)
+
+    def test_a_map_in_little_room_leaves_its_numbers_out(self):
+        figure = Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.subplots(1, 2)
+        for ax in axes:
+            plots.plot_heat_map(random_routing(n_tasks=9, n_skills=12), ax=ax).set_title("")
+        assert not axes[0].texts
+        assert_readable(figure)
 
 
 class TestHeatMap:
@@ -99,7 +165,57 @@ class TestHeatMap:
             plots.plot_heat_map(routing_of([[[0.5]]], names=["rte"]), task="rtee")
 
 
+class TestHeatMaps:
+    def test_they_share_their_scale_and_their_order(self):
+        one = routing_of([[[0.9, 0.1, 0, 0]], [[0.2, 0.8, 0, 0]]], names=["a", "b"])
+        other = renamed(random_routing(n_tasks=2), ["b", "a"])
+        left, right = plots.plot_heat_maps({"one": one, "other": other})
+        assert left.images[0].get_clim() == right.images[0].get_clim() == (0, pytest.approx(0.9))
+        assert left.get_ylim() == right.get_ylim()
+        assert labels(left.yaxis) == ["a", "b"]
+        torch.testing.assert_close(cells(left), analysis.task_skill_matrix(one))
+        torch.testing.assert_close(cells(right), analysis.task_skill_matrix(other)[[1, 0]])
+        assert (left.get_title(), right.get_title()) == ("one", "other")
+
+    def test_the_order_is_that_of_the_first(self):
+        routing = random_routing()
+        order = analysis.task_order(routing)
+        axes = plots.plot_heat_maps({"a": routing, "b": routing, "c": routing}, order=order, layer="layer1", split=0)
+        for ax in axes:
+            torch.testing.assert_close(cells(ax), analysis.task_skill_matrix(routing, "layer1", 0)[order])
+
+    def test_gates_are_drawn_around_one(self):
+        axes = plots.plot_heat_maps({"a": gates_of([[0.5, 1.0]]), "b": gates_of([[1.0, 1.2]])})
+        assert [ax.images[0].get_clim() for ax in axes] == [(pytest.approx(0.5), pytest.approx(1.5))] * 2
+
+    @pytest.mark.parametrize(
+        ("other", "lacks"), [(random_gates(n_tasks=2), "has gates"), (random_routing(n_tasks=1), "has no task 1")]
+    )
+    def test_what_cannot_be_compared_is_refused(self, other, lacks):
+        with pytest.raises(ValueError, match=f"'other' {lacks}"):
+            plots.plot_heat_maps({"one": random_routing(n_tasks=2), "other": other})
+
+    def test_tasks_that_only_one_has_may_be_left_out(self):
+        left, right = plots.plot_heat_maps(
+            {"one": random_routing(n_tasks=2), "other": random_routing(n_tasks=1)}, order=[0]
+        )
+        assert cells(left).shape == cells(right).shape == (1, 4)
+
+    def test_nothing_is_refused(self):
+        with pytest.raises(ValueError, match="no routing to draw"):
+            plots.plot_heat_maps({})
+
+
 class TestDendrogram:
+    @pytest.mark.parametrize(("routing", "most"), [(random_routing(), 1), (random_gates(), 2)], ids=["poly", "gates"])
+    def test_its_axis_spans_every_distance_that_there_can_be(self, routing, most):
+        assert plots.plot_dendrogram(routing).get_xlim() == (0, most)
+
+    def test_like_tasks_look_near_however_like_the_others_are(self):
+        ax = plots.plot_dendrogram(routing_of([[[0.5, 0.5]], [[0.5, 0.55]]]))
+        (drawn,) = [path.vertices[:, 0].max() for group in ax.collections for path in group.get_paths()]
+        assert drawn / ax.get_xlim()[1] < 0.01
+
     def test_the_branches_are_scipys(self):
         routing = random_routing(n_tasks=7)
         ax = plots.plot_dendrogram(routing)

@@ -177,7 +177,25 @@ def test_the_stats_count_batches_and_the_kinds_in_them(batching):
     assert asyncio.run(session()) == batching.Stats(answered=4, refused=0, batches=2, kinds=3)
 
 
-@pytest.mark.parametrize("settings", [{"max_batch": 0}, {"max_queue": 0}, {"max_wait": -1}])
+@pytest.mark.parametrize("settings", [{"max_batch": 0}, {"max_queue": 0}, {"max_wait": -1}, {"max_delay": 0}])
 def test_settings_that_cannot_serve_are_refused(batching, settings):
     with pytest.raises(ValueError, match="1 at least"):
         batching.Batcher(Run(), **settings)
+
+
+def test_an_item_that_waits_too_long_is_refused_and_those_beside_it_are_not(batching):
+    run = Run()
+
+    async def session():
+        async with batching.Batcher(run, max_wait=0.0, max_delay=0.001) as batcher:
+            held = await run.hold(batcher)  # what is being computed has waited enough
+            with pytest.raises(batching.RefusedError, match=r"has waited for 0\.001 s"):
+                await batcher.submit(1)
+            run.gate.set()
+            assert await held == 0
+            return batcher.stats, await batcher.submit(2)
+
+    stats, answer = asyncio.run(session())
+    assert answer == -2
+    assert (stats.answered, stats.refused) == (2, 1)
+    assert run.batches == [[0], [2]]

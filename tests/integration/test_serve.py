@@ -9,6 +9,12 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -18,6 +24,7 @@ import pytest
 import torch
 import uvicorn
 from labelled import LABELS, N_LABELS, NAMES, adapted
+from prometheus_client.parser import text_string_to_metric_families
 from tiny import TASKS, VOCAB, bert, bert_config, llama, t5
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertModel, PreTrainedTokenizerFast
@@ -326,6 +333,8 @@ class TestRefusals:
         [
             ({"input": ""}, "at least 1 character"),
             ({"input": None}, "valid string"),
+            ({"input": " \n\t"}, "input: The text is blank"),
+            ({"input": "\u200b\u00a0"}, "input: The text is blank"),
             ({"input": "w1 " * 12}, "The text has 13 tokens; 1 to 12 are allowed"),
             ({"input": "w" * 20_001}, "at most 20000 characters"),
             ({"options": ["w1"]}, "at least 2 items"),
@@ -359,6 +368,29 @@ class TestRefusals:
         assert response.status_code in (400, 422)
         assert response.json()["detail"]
 
+    def test_every_error_says_what_is_wrong_in_a_sentence(self, serve, service):
+        app = serve.create_app(service("bert"))
+        requests = [
+            ("POST", "/rank", {"json": {**GOOD, "task": "no"}}, 404),
+            ("POST", "/rank", {"json": {"task": 1.5, "extra": 1}}, 422),
+            ("POST", "/rank", {"json": {**GOOD, "options": ["w1", 2]}}, 422),
+            ("POST", "/rank", {"content": b"{", "headers": {"content-type": "application/json"}}, 422),
+            ("POST", "/rank", {}, 422),
+            ("GET", "/rank", {}, 405),
+            ("GET", "/nothing", {}, 404),
+        ]
+
+        async def session(http):
+            return [await http.request(method, path, **more) for method, path, more, _ in requests]
+
+        for response, (*_, status) in zip(talk(app, session), requests, strict=True):
+            assert response.status_code == status
+            assert list(response.json()) == ["detail"]
+            assert isinstance(response.json()["detail"], str)
+        schema = app.openapi()["paths"]["/rank"]["post"]["responses"]
+        for status in ("404", "422", "500", "503"):
+            assert schema[status]["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
+
     def test_a_bad_request_leaves_those_beside_it_alone(self, serve, service):
         wanted = one_by_one(serve, service("bert"), "/rank", [GOOD])[0]
         bodies = [GOOD, {**GOOD, "task": "no"}, {"task": "rte"}, GOOD]
@@ -382,7 +414,9 @@ class TestRefusals:
                 bodies = [GOOD, {**GOOD, "input": "w50"}, GOOD]
                 return await asyncio.gather(*(http.post("/rank", json=body) for body in bodies))
 
-        assert [response.status_code for response in asyncio.run(session())] == [200, 500, 200]
+        responses = asyncio.run(session())
+        assert [response.status_code for response in responses] == [200, 500, 200]
+        assert responses[1].json() == {"detail": "The server failed on this request; its log says how."}
 
     def test_when_too_many_wait_the_next_is_refused_and_told_to_come_back(self, serve, service):
         bert = service("bert")
@@ -411,6 +445,54 @@ class TestRefusals:
         assert refused.headers["retry-after"] == "1"
         assert "1 requests wait already" in refused.json()["detail"]
         assert statuses == [200, 200]
+
+    def test_one_that_has_waited_too_long_is_told_to_come_back(self, serve, service):
+        bert, gate = service("bert"), threading.Event()
+        run, entered = bert.run, threading.Event()
+
+        def held(items):
+            entered.set()
+            assert gate.wait(LONG)
+            return run(items)
+
+        bert.run = held
+
+        async def session(http):
+            first = asyncio.create_task(http.post("/rank", json=GOOD))
+            await asyncio.to_thread(entered.wait, LONG)
+            late = await http.post("/rank", json=GOOD)
+            gate.set()
+            return await first, late
+
+        first, late = talk(serve.create_app(bert, max_wait=0, max_delay=0.001), session)
+        assert (first.status_code, late.status_code) == (200, 503)
+        assert int(late.headers["retry-after"]) >= 1
+        assert "has waited for 0.001 s" in late.json()["detail"]
+
+
+class TestMetrics:
+    def test_they_count_requests_by_route_and_status_and_what_the_batcher_did(self, serve, service):
+        app = serve.create_app(service("bert"), max_batch=2, max_wait=LONG)
+
+        async def session(http):
+            await asyncio.gather(*(http.post("/rank", json={**GOOD, "task": task}) for task in ("rte", "sst2", "no")))
+            await http.get("/made-up")
+            return await http.get("/metrics")
+
+        response = talk(app, session)
+        assert response.headers["content-type"].startswith("text/plain")
+        found = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(response.text)
+            for sample in family.samples
+        }
+        assert found["serve_request_seconds_count", "/rank", "200"] == 2
+        assert found["serve_request_seconds_count", "/rank", "404"] == 1
+        assert found["serve_request_seconds_count", "other", "404"] == 1
+        assert found["serve_answered_total",] == 2
+        assert (found["serve_batches_total",], found["serve_batch_tasks_total",]) == (1, 2)
+        assert (found["serve_refused_total",], found["serve_waiting",]) == (0, 0)
+        assert found["process_cpu_seconds_total",] > 0
 
 
 class TestClassifying:
@@ -539,6 +621,61 @@ class TestServer:
         assert not thread.is_alive()
         with pytest.raises(httpx.ConnectError):
             httpx.post(address, json=GOOD)
+
+    def test_requests_whose_clients_have_gone_hold_nothing_up(self, serve, service):
+        bert = service("bert")
+        run, entered, gate, computed = bert.run, threading.Event(), threading.Event(), []
+
+        def held(items):
+            computed.append(len(items))
+            entered.set()
+            assert gate.wait(LONG)
+            return run(items)
+
+        bert.run = held
+
+        async def session(http):
+            tasks = [asyncio.create_task(http.post("/rank", json=GOOD))]
+            await asyncio.to_thread(entered.wait, LONG)
+            tasks += [asyncio.create_task(http.post("/rank", json=GOOD)) for _ in range(5)]
+            while (await http.get("/stats")).json()["waiting"] < 5:
+                await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            gate.set()
+
+        talk(serve.create_app(bert, max_batch=1, max_wait=0), session)
+        assert computed == [1]
+
+    def test_ctrl_c_ends_the_script_without_a_traceback_though_clients_have_gone(self, folders):
+        where = [str(folders / "llama/adapter"), "--model", str(folders / "llama/model"), "--device", "cpu"]
+        sizes = ["--max_length", "12", "--max_new_tokens", "50", "--max_batch", "1", "--port", "0"]
+        process = subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "serve.py"), *where, *sizes],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            lines = []
+            while not (found := re.search(r"running on http://127\.0\.0\.1:(\d+)", lines[-1] if lines else "")):
+                lines.append(process.stderr.readline())
+                assert lines[-1], "".join(lines)
+            body = json.dumps({"task": "rte", "input": "w1", "max_new_tokens": 50}).encode()
+            head = (
+                f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            )
+            for _ in range(30):
+                with socket.create_connection(("127.0.0.1", int(found[1]))) as client:
+                    client.sendall(head.encode() + b"\r\n\r\n" + body)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=LONG)
+        finally:
+            process.kill()
+        said = "".join(lines) + err
+        assert process.returncode == 0, said
+        assert "Traceback" not in said
+        assert "Loading the base model" in said
+        assert out == "3 tasks: rte, sst2, boolq\n"
 
     def test_the_script_serves_a_load_test_and_ends_when_told_to(self, monkeypatch, folders):
         monkeypatch.syspath_prepend(str(EXAMPLES))

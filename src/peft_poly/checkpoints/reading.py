@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Optional, Union, cast
 
 import torch
+from peft import __version__ as version
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import safe_open
 from torch import nn
 
@@ -128,6 +129,8 @@ def read_config(source: Union[str, Path], **hub_kwargs: Any) -> PeftConfig:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(saved, dict) or "peft_type" not in saved:
             raise ValueError("it is no JSON object with a `peft_type`.")
+        if saved["peft_type"] not in PeftType.__members__:
+            raise ValueError(f"PEFT {version} has no type of adapter {saved['peft_type']!r}.")
         if saved["peft_type"] in TYPES:
             return PeftConfig.from_pretrained(str(source), **hub_kwargs)
     except (OSError, TypeError, ValueError) as error:

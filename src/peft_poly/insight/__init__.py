@@ -18,7 +18,7 @@ from .analysis import (
     task_skill_matrix,
     top_skills,
 )
-from .plots import plot_dendrogram, plot_heat_map, save_plots
+from .plots import plot_dendrogram, plot_heat_map, plot_heat_maps, save_plots
 from .report import write_report
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "nearest_tasks",
     "plot_dendrogram",
     "plot_heat_map",
+    "plot_heat_maps",
     "read_routing",
     "save_plots",
     "task_linkage",

@@ -196,6 +196,11 @@ def span(routing: Routing, matrix: torch.Tensor) -> tuple[float, float]:
     return centre - reach, centre + reach
 
 
+def farthest(routing: Routing) -> float:
+    """The greatest distance `1 - cosine` that two tasks can have: gates can point away from each other."""
+    return 1.0 if routing.kind.centre is None else 2.0
+
+
 def sizes(routing: Routing) -> dict[str, Any]:
     """How much of what the adapter has; the rank is None where the config is not known."""
     t, h, k = routing.shape

@@ -14,6 +14,7 @@ from ..checkpoints.reading import Routing
 from ..checkpoints.staging import staged_file
 from .analysis import (
     effective_skills,
+    farthest,
     layer_metrics,
     mean_metrics,
     sizes,
@@ -244,7 +245,7 @@ def _tree(routing: Routing) -> dict[str, Any]:
     from scipy.cluster import hierarchy
 
     drawn = hierarchy.dendrogram(linkage, no_plot=True)
-    top = float(linkage[:, 2].max()) or 1.0
+    top = farthest(routing)
     lines = [
         " ".join(f"{99 * distance / top:.2f},{place / 10 * ROW:.1f}" for distance, place in zip(*branch, strict=True))
         for branch in zip(drawn["dcoord"], drawn["icoord"], strict=True)
