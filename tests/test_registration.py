@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import peft
@@ -283,6 +284,13 @@ def test_all_that_the_package_takes_from_inside_peft_is_checked_at_import():
 
 
 # ------------------------------------------------------------------------------------------------------------ calls
+def test_an_adapter_is_put_in_and_loaded_without_a_warning_of_what_peft_does(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        adapt(CASES["llama"].make(), poly("llama")).save_pretrained(tmp_path)
+        peft.PeftModel.from_pretrained(CASES["llama"].make(), tmp_path)
+
+
 def test_task_ids_can_be_passed_by_position():
     model = adapt(t5(), poly("t5"))
     inputs = CASES["t5"].inputs()

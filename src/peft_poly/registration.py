@@ -4,7 +4,8 @@ PEFT hands `task_ids` on for its own Poly only, and its `generate` and plain `Pe
 `generate` of its model classes, and transformers' `generate`, are wrapped: for a task-routed model the wrapper takes
 `task_ids` out of the call and enters the tuner's context with them; every other model passes straight through. The
 saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`; so are
-`load_adapter`, for the check of names in `loading.py`, transformers' `Trainer`, for the lessons of `trainer.py`, and
+`load_adapter`, for the check of names in `loading.py`, the making of a model, for a warning that PEFT causes,
+transformers' `Trainer`, for the lessons of `trainer.py`, and
 its pipelines, for the steps of `pipelines.py`.
 Wrapping keeps names and signatures, is marked, and is done once however often the package is imported or reloaded.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -59,6 +61,7 @@ def register() -> None:
     for cls, steps in STEPS.items():
         for name, make in steps.items():
             _wrap(cls, name, make)
+    _wrap(PeftModel, "__init__", _without_an_old_name)
     _wrap(PeftModel, "load_adapter", _for_poly(loading.load_adapter))
     _wrap(PeftModel, "save_pretrained", _for_poly(saving.save_pretrained))
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
@@ -152,6 +155,20 @@ def _without_poly(method: Callable) -> Callable:
                 "mixed. Use `create_poly_optimizer`; to leave A as it is, freeze the `poly_lora_A` tensors."
             )
         method(self, groups, *args, **kwargs)
+
+    return wrapper
+
+
+def _without_an_old_name(method: Callable) -> Callable:
+    """PEFT asks a model for what newer versions of transformers call otherwise; that is no news for who trains."""
+
+    @functools.wraps(method)
+    def wrapper(self: PeftModel, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(peft_config, PolyConfig):
+            return method(self, model, peft_config, *args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return method(self, model, peft_config, *args, **kwargs)
 
     return wrapper
 
