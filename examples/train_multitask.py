@@ -81,11 +81,11 @@ class Arguments:
     n_skills: int = HfArg(default=4, help="Skills per layer.")
     n_splits: int = HfArg(default=4, help="Splits per layer: 1 is Poly, more is Multi-Head Routing.")
     lora_alpha: float = HfArg(default=4, help="The update is scaled by lora_alpha / r; that of the shared LoRA by 1.")
-    router_noise: bool = HfArg(default=True, help="Sample the routing while training.")
+    router_noise: bool = HfArg(default=True, help="Sample the routing while training; --no_router_noise: do not.")
     target_modules: str = HfArg(default="all-linear", help="Layers to adapt: a regular expression or `all-linear`.")
     temperature: float = HfArg(default=0.05, help="Divides the cosines.")
     compare: bool = HfArg(default=False, help="Instead: does routing pay on --data? As `peft-poly compare` does.")
-    reload_only: bool = HfArg(default=False, help="Internal: answer with the saved adapter, and stop.")
+    reload_only: bool = HfArg(default=False, help=argparse.SUPPRESS)  # answer with the saved adapter, stop
 
 
 def minilm_folder() -> str:

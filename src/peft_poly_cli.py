@@ -232,7 +232,7 @@ def convert(
     commands.convert(source, target, to.value, settings=settings, force=force, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="A folder of *.jsonl files; rows have task, input, output, split.")

@@ -1,4 +1,4 @@
-"""Pictures of the results: all lines of a table, and accuracy against steps."""
+"""Pictures of the results: all lines of a table, accuracy against steps, and which tasks are routed alike."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from statistics import fmean
 import matplotlib
 
 matplotlib.use("agg")
+import torch
 from matplotlib import pyplot as plt
+
+from peft_poly.insight import Routing, plot_dendrogram, task_order
 
 from .lines import BEST, FEW_REFERENCE, MANY, REFERENCE, REFERENCES, SKILL_SIZED
 from .plan import Plan
 from .report import Accuracies, few_shot, multi_task
 from .statistics import mean_and_error
 
-__all__ = ["plot_steps", "plot_tables"]
+__all__ = ["plot_routing", "plot_steps", "plot_tables"]
 
 ROUTED, GATES, OTHER = "#1d4ed8", "#b45309", "#6b7280"
 STYLES = {  # of the lines that are trained longer
@@ -84,5 +87,30 @@ def plot_steps(plan: Plan, path: Path) -> None:
     axes.set_ylabel("test accuracy in %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_routing(routing: Routing, path: Path) -> None:
+    """Left how alike two tasks' differences from the mean of the tasks are (cosine); right the tree of tasks.
+
+    The mean over layers of what a task mixes is even everywhere, for skill 3 of one layer has nothing to do with skill
+    3 of another; what tells tasks apart is where they differ from the others, layer by layer.
+    """
+    rows = torch.cat([weights.double().flatten(1) for weights in routing.weights.values()], dim=1)
+    away = torch.nn.functional.normalize(rows - rows.mean(dim=0))
+    order = task_order(routing)
+    likeness = (away @ away.T)[order][:, order].fill_diagonal_(torch.nan)
+    names = [routing.task_names[task] for task in order]
+    most = max(likeness.nan_to_num().abs().max().item(), 0.1)
+    size = (10.5, 1.6 + 0.22 * len(names))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(1.6, 1))
+    image = left.imshow(likeness.numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    left.set_yticks(range(len(names)), names, fontsize=9)
+    left.set_xticks([])
+    left.set_xlabel("the same tasks, in the same order")
+    left.set_title("Likeness of the differences from the mean task", fontsize=10)
+    figure.colorbar(image, ax=left, label="cosine: blue alike, red opposed", fraction=0.05, pad=0.02)
+    plot_dendrogram(routing, ax=right).set_yticks([])  # its leaves are the rows beside it
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -13,6 +13,7 @@ from peft_poly.insight import mean_metrics, read_routing, task_similarity
 from .data import families
 from .lines import MANY
 from .plan import Plan
+from .plots import plot_routing
 from .report import multi_task
 from .runs import Run
 from .statistics import against_chance, clusters, kinship, rand_index
@@ -30,13 +31,11 @@ def best_routed(plan: Plan, table: str = "main") -> str:
 
 
 def look(run: Run, plan: Plan, line: str, picture: Path) -> list[dict[str, Any]]:
-    """A row for each seed of a line; the heat map and the tree of the first one go into `picture`.
+    """A row for each seed of a line; what is alike in the first one goes into `picture`.
 
     Families are what names begin with (`data.families`), among the tasks that have kin; categories are what the rows
     say, among those that have company.
     """
-    from peft_poly.insight import save_plots
-
     rows: list[dict[str, Any]] = []
     for unit in plan.store.done:
         if unit.setup != plan.setup or unit.stage != "many" or unit.line != line:
@@ -45,7 +44,7 @@ def look(run: Run, plan: Plan, line: str, picture: Path) -> list[dict[str, Any]]
             continue
         routing = read_routing(run.adapter(line, unit.rates, unit.seed, unit.steps).model)
         if not rows:
-            save_plots(routing, picture)
+            plot_routing(routing, picture)
         metrics = mean_metrics(routing)
         row = {
             "method": line,

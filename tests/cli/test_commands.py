@@ -128,7 +128,7 @@ class TestHelp:
         assert all(option in out for option in options)
         assert f"peft-poly {command} ./" in out
 
-    @pytest.mark.parametrize("command", [[], ["inspect"], ["export"], ["merge"], ["convert"]])
+    @pytest.mark.parametrize("command", [[], ["inspect"], ["export"], ["merge"], ["convert"], ["compare"]])
     def test_flags_take_no_value(self, done, command):
         assert "<bool>" not in done(*command, "--help")
 

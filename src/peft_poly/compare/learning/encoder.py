@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
+from ...checkpoints.finding import find_file
 from .texts import padded
 
 __all__ = ["MINILM", "default_encoder", "fingerprint", "load_encoder"]
@@ -37,6 +38,7 @@ def load_encoder(base: str) -> tuple[nn.Module, Any]:
         ValueError: it cannot be loaded; its tokenizer cannot pad; it is no text encoder.
     """
     try:
+        find_file(base, ("config.json",))  # transformers asks the Hub many times for what is not there
         encoder = AutoModel.from_pretrained(base, dtype=torch.float32)
     except UNLOADABLE as error:
         raise ValueError(f"The encoder {base!r} cannot be loaded: {error}") from error
