@@ -163,7 +163,7 @@ def _without_an_old_name(method: Callable) -> Callable:
     """PEFT asks a model for what newer versions of transformers call otherwise; that is no news for who trains."""
 
     @functools.wraps(method)
-    def wrapper(self: PeftModel, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    def wrapper(self: PeftModel, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(peft_config, PolyConfig):
             return method(self, model, peft_config, *args, **kwargs)
         with warnings.catch_warnings():

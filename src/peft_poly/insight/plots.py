@@ -273,7 +273,7 @@ def _inches(ax: Axes) -> tuple[float, float]:
     if spec is None:
         box = ax.get_position()
         return whole[0] * box.width, whole[1] * box.height
-    grid = spec.get_gridspec()
+    grid: Any = spec.get_gridspec()
     ratios = (grid.get_width_ratios(), grid.get_height_ratios())
     shares = [
         sum(part[n] for n in own) / sum(part) for part, own in zip(ratios, (spec.colspan, spec.rowspan), strict=True)
