@@ -265,8 +265,8 @@ def compare(
     A shared LoRA, one that is told the task, one with a head per task, a LoRA per task, gates and Poly: a table with
     intervals, and a verdict. It says first how long it will take; stop it, run it again, and it goes on.
 
-    [dim]peft-poly compare my-tasks[/dim]
-    [dim]peft-poly compare my-tasks --base google-bert/bert-base-uncased --seeds 1 --blocks 2 --plot table.png[/dim]
+    [dim]peft-poly compare ./my-tasks[/dim]
+    [dim]peft-poly compare ./my-tasks --base ./my-encoder --seeds 1 --plot table.png[/dim]
     """
     from peft_poly.cli import commands
 

@@ -111,12 +111,13 @@ class TestHelp:
     def test_it_names_every_command_and_what_it_is_for(self, done):
         for args in (["--help"], ["-h"], []):
             out = done(*args)
-            for command in ("inspect", "export", "merge", "convert"):
+            for command in ("inspect", "export", "merge", "convert", "compare"):
                 assert f" {command} " in out
 
     @pytest.mark.parametrize(
         ("command", "options"),
         [
+            ("compare", ["DATA", "--base", "--output", "--rate", "--seeds", "--blocks", "--plot", "--json", "--force"]),
             ("inspect", ["FOLDER_OR_HUB_ID", "--task", "--plot", "--html", "--json", "--force"]),
             ("export", ["FOLDER_OR_HUB_ID", "--base", "--output", "--task", "--force", "--json"]),
             ("merge", ["FOLDER_OR_HUB_ID", "--base", "--task", "--output", "--force", "--safe", "--json"]),
