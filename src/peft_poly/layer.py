@@ -283,7 +283,7 @@ class Linear(nn.Module, PolyLayer):
         Raises:
             ValueError: no task is known, or the ids do not fit the rows.
         """
-        if task_ids is None and not args and not kwargs:
+        if not self.training and task_ids is None and not args and not kwargs:
             shortcut = shortcut_of(self)
             if shortcut is not None and shortcut.leads(self, x):
                 return shortcut.go(self, x)

@@ -145,7 +145,7 @@ def test_a_merged_layer_calls_its_base_layer_and_nothing_else(monkeypatch):
     model = adapted("mlp")
     calls: Counter = Counter()
     mixed = mixture.mixed
-    monkeypatch.setattr(mixture, "mixed", lambda *args: (calls.update(["mixed"]), mixed(*args))[1])
+    monkeypatch.setattr(mixture, "mixed", lambda *args, **kwargs: (calls.update(["mixed"]), mixed(*args, **kwargs))[1])
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.update([name.rpartition(".")[2]]))
     logits(model, "mlp", task_ids=0)

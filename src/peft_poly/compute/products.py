@@ -6,7 +6,7 @@ Letters: b rows of the batch, g pairs, m tokens of a pair, r rank.
 
 - **Rows in equal runs of one pair each**: nothing is moved, the input is only viewed as `(g, m, in)`.
 - **Orientation**: `A^T x^T` is a wide and short product where `x A` is a tall and thin one, which BLAS on a CPU runs
-  two to four times slower for r < 16 and sixteen tokens or more, and faster for fewer.
+  slower for r < 16, many tokens and wide layers (what it gives is faster to go on with too), and faster else.
 - **Blocks**: `(m, r) B` with small r and large m is up to 1.6 times faster there as a batch of 32-row products.
 - **The scale** rides as `alpha` on the product that adds to `y`.
 """
@@ -18,7 +18,6 @@ from typing import Optional
 import torch
 
 __all__ = [
-    "FEW",
     "add_in_runs",
     "add_one",
     "grad_input",
@@ -27,11 +26,12 @@ __all__ = [
     "scaled_product",
     "through_A",
     "to_add_to",
+    "turned_product",
 ]
 
 NARROW, BLOCK, BLOCKED = 16, 32, 1 << 18  # one product of rank < NARROW with so many results runs in blocks of rows
 _ZEROS: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}  # what `baddbmm` adds to, and does not read
-FEW = 16  # tokens of a pair: below FEW `x A` is the faster order
+FEW, SMALL = 16, 1 << 16  # below FEW tokens of a pair, or up to SMALL numbers of all, `x A` is the faster order
 
 
 def low_rank_update(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
@@ -89,17 +89,26 @@ def add_in_runs(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tens
 
 
 def through_A(tokens: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """`u = x A` in the faster order: `(g, m, in), (g, in, r) -> (g, m, r)`."""
-    if tokens.shape[1] < FEW:
-        return torch.bmm(tokens, A)
-    return torch.bmm(A.transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
+    """`u = x A` in the faster order: `([g,] m, in), ([g,] in, r) -> ([g,] m, r)`."""
+    product = torch.mm if tokens.dim() == 2 else torch.bmm
+    return product(tokens, A) if _is_small(tokens) else product(A.mT, tokens.mT).mT
+
+
+def turned_product(tokens: torch.Tensor, grad_u: torch.Tensor) -> torch.Tensor:
+    """`x^T grad_u`, the gradient of A, in the faster order: `([g,] m, in), ([g,] m, r) -> ([g,] in, r)`, contiguous."""
+    product = torch.mm if tokens.dim() == 2 else torch.bmm
+    return product(tokens.mT, grad_u) if _is_small(tokens) else product(grad_u.mT, tokens).mT.contiguous()
+
+
+def _is_small(tokens: torch.Tensor) -> bool:
+    return tokens.shape[-2] < FEW or tokens.numel() <= SMALL
 
 
 def add_one(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """`add_in_runs` of one pair for all rows, A `(in, r)` and B `(r, out)`; returns u `(m, r)`."""
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     m, (r, out) = tokens.shape[0], B.shape
-    u = torch.mm(tokens, A) if m < FEW else torch.mm(A.t(), tokens.t()).t()
+    u = through_A(tokens, A)
     if y.dtype != B.dtype:
         y.add_(torch.mm(u, B).view(y.shape), alpha=scale)
     elif r < NARROW and m * out > BLOCKED and m % BLOCK == 0 and not y.is_cuda:
@@ -111,13 +120,11 @@ def add_one(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, 
 
 
 def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * a b`, `(g, n, m), (g, m, p) -> (g, n, p)`, in one operation."""
-    if scale == 1.0:
-        return torch.bmm(a, b)
+    """`scale * a b`, `([g,] n, m), ([g,] m, p) -> ([g,] n, p)`, in one operation."""
     key = (a.dtype, a.device)
     if key not in _ZEROS:
         _ZEROS[key] = torch.zeros((), dtype=a.dtype, device=a.device)
-    return torch.baddbmm(_ZEROS[key], a, b, beta=0, alpha=scale)
+    return (torch.addmm if a.dim() == 2 else torch.baddbmm)(_ZEROS[key], a, b, beta=0, alpha=scale)
 
 
 def in_runs(x: torch.Tensor, g: int) -> torch.Tensor:
@@ -130,8 +137,11 @@ def in_runs(x: torch.Tensor, g: int) -> torch.Tensor:
 def grad_input(
     grad: torch.Tensor, grad_u: torch.Tensor, A: torch.Tensor, weight: Optional[torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The gradient of x: `(g, m, out), (g, m, r), (g, r, in), (out, in) -> (g, m, in)`; with no weight, `grad_u A`."""
+    """The gradient of x: `([g,] m, out), ([g,] m, r), ([g,] r, in), (out, in) -> ([g,] m, in)`; without a weight,
+    `grad_u A`.
+    """
     if weight is None or not weight.dtype == grad.dtype == A.dtype == dtype:
-        through_A = torch.bmm(grad_u, A).to(dtype)
+        through_A = torch.matmul(grad_u, A).to(dtype)
         return through_A if weight is None else through_A + torch.matmul(grad, weight)
-    return torch.matmul(grad, weight).baddbmm_(grad_u, A)
+    of_base = torch.matmul(grad, weight)
+    return of_base.addmm_(grad_u, A) if of_base.dim() == 2 else of_base.baddbmm_(grad_u, A)

@@ -36,7 +36,11 @@ def logits(model, ids, rows=3, case="llama", **inputs):
 def mixes(monkeypatch):
     """How many tasks were mixed at each time."""
     sizes, mixed = [], mixture.mixed
-    noting = lambda layer, name, tasks, x, ids: (sizes.append(len(tasks)), mixed(layer, name, tasks, x, ids))[1]  # noqa: E731
+
+    def noting(layer, name, tasks, *args, **kwargs):
+        sizes.append(len(tasks))
+        return mixed(layer, name, tasks, *args, **kwargs)
+
     monkeypatch.setattr(mixture, "mixed", noting)
     return sizes
 

@@ -119,7 +119,8 @@ class _LayerPairs:
         found = self._singles(list(dict.fromkeys(key)), rows.tasks.device, mix)
         if len(key) == 1:
             return found[key[0]]
-        pair = torch.stack([found[task][0] for task in key]), torch.stack([found[task][1] for task in key])
+        A = torch.stack([found[task][0].mT for task in key]).mT  # (r, in) in memory, which one token reads the fastest
+        pair = A, torch.stack([found[task][1] for task in key])
         self._keep(key, pair)
         return pair
 
@@ -130,9 +131,7 @@ class _LayerPairs:
             each = [(A, B)] if A.dim() == 2 else zip(A.unbind(), B.unbind(), strict=True)
             for task, (A_t, B_t) in zip(missing, each, strict=True):
                 # a copy each: a part of a larger tensor would keep the whole of it
-                self.single[task] = (
-                    (A_t.contiguous().clone(), B_t.contiguous().clone()) if len(missing) > 1 else (A_t, B_t)
-                )
+                self.single[task] = (A_t.clone(), B_t.clone()) if len(missing) > 1 else (A_t, B_t)
         found = {}
         for task in tasks:
             self.single.move_to_end(task)

@@ -174,7 +174,8 @@ class Gates(Kind):
         A, B, logits = tensors_of(layer, name)
         gates = gates_of_rows(layer, name, logits, batch, n_rows, x)
         y = to_add_to(y, owned)
-        add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), gates, A[0, 0], B[0, 0], layer.scaling[name])
+        tokens = x if x.dtype == A.dtype else x.to(A.dtype)
+        add_gated(y, tokens, gates, A.view(A.shape[2:]), B.view(B.shape[2:]), layer.scaling[name])
         return y
 
     # ------------------------------------------------------------------------------------------------------- its life

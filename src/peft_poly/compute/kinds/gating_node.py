@@ -12,7 +12,7 @@ from typing import Any, Optional, cast
 
 import torch
 
-from ..products import FEW, grad_input, in_runs, low_rank_update, scaled_product, to_add_to
+from ..products import grad_input, low_rank_update, scaled_product, through_A, to_add_to, turned_product
 from .routed import OwnRouting
 from .second_derivatives import by_plain_operations, wants_a_graph
 
@@ -37,9 +37,7 @@ def add_gated(
     Returns:
         `u = x A`, `(n, m, r)` for g of n rows.
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    u = torch.mm(tokens, A) if tokens.shape[0] < FEW else torch.mm(A.t(), tokens.t()).t()
-    u = u.view(g.shape[0], -1, g.shape[1])
+    u = through_A(x.reshape(-1, x.shape[-1]), A).view(g.shape[0], -1, g.shape[1])
     v = (u * g.unsqueeze(1)).view(-1, g.shape[1])
     if y.dtype == B.dtype:
         y.view(-1, y.shape[-1]).addmm_(v, B, alpha=scale)
@@ -77,8 +75,9 @@ class GatedUpdate(torch.autograd.Function):
             y = to_add_to(torch.nn.functional.linear(x, weight, bias), owned=True)
         else:
             y = to_add_to(cast(torch.Tensor, base), owned=False)
-        g = gates[:, 0] if gates.dtype == A.dtype else gates[:, 0].to(A.dtype)
-        u = add_gated(y, x if x.dtype == A.dtype else x.to(A.dtype), g, A[0, 0], B[0, 0], scale)
+        g = gates.squeeze(1) if gates.dtype == A.dtype else gates.squeeze(1).to(A.dtype)
+        tokens = x if x.dtype == A.dtype else x.to(A.dtype)
+        u = add_gated(y, tokens, g, A.view(A.shape[2:]), B.view(B.shape[2:]), scale)
         ctx.save_for_backward(x, u, g, A, B, weight, None if own is None else own.tasks, gates, logits)
         ctx.own, ctx.scale = own, scale
         return y
@@ -94,25 +93,26 @@ class GatedUpdate(torch.autograd.Function):
                 return low_rank_update(x.to(A.dtype), each * A[0], B[0].expand(len(each), *B.shape[2:]), ctx.scale)
 
             return by_plain_operations(ctx, grad, update, x, weight, {4: A, 5: B, 7: gates, 9: logits})
-        needs_x, needs_A, needs_B, needs_g, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 7, 9))
-        grad_base = grad if ctx.needs_input_grad[0] else None
-        grad_y = grad if grad.dtype == B.dtype else grad.to(B.dtype)
-        tokens_of_y = grad_y.reshape(-1, B.shape[-1])
-        grad_v = scaled_product(B[0], tokens_of_y.t().unsqueeze(0), ctx.scale)[0].t().view(u.shape)
+        needs_base, needs_x, _, _, needs_A, needs_B, _, needs_g, _, needs_logits = ctx.needs_input_grad
         grad_x, grad_A, grad_B, grad_g, grad_logits = None, None, None, None, None
+        of_rows = g.unsqueeze(1)
+        grad_2d = grad.reshape(-1, grad.shape[-1])
+        grad_y = grad_2d if grad.dtype == B.dtype else grad_2d.to(B.dtype)
+        grad_v = scaled_product(grad_y, B.view(B.shape[2:]).t(), ctx.scale).view(u.shape)
         if needs_x or needs_A:
-            grad_u = (grad_v * g.unsqueeze(1)).view(1, -1, g.shape[1])
+            grad_u = (grad_v * of_rows).view(-1, g.shape[1])
             if needs_x:
-                grad_x = grad_input(in_runs(grad, 1), grad_u, A[0].transpose(1, 2), weight, x.dtype).view(x.shape)
+                grad_x = grad_input(grad_2d, grad_u, A.view(A.shape[2:]).t(), weight, x.dtype).view(x.shape)
             if needs_A:
                 tokens = x.reshape(-1, x.shape[-1])
-                # wide and turned: half the time of the tall product, and laid out as A is
-                grad_A = torch.mm(grad_u[0].t(), tokens.to(A.dtype)).t().contiguous().view(A.shape)
+                grad_A = turned_product(tokens if x.dtype == A.dtype else tokens.to(A.dtype), grad_u).view(A.shape)
         if needs_B:
-            v = (u * g.unsqueeze(1)).view(1, -1, g.shape[1])
-            grad_B = scaled_product(v.transpose(1, 2), tokens_of_y.unsqueeze(0), ctx.scale).view(B.shape)
+            v = (u * of_rows).view(-1, g.shape[1])
+            grad_B = scaled_product(v.t(), grad_y, ctx.scale).view(B.shape)
         if needs_g or needs_logits:
-            grad_g = (grad_v * u).sum(dim=1, keepdim=True).to(gates.dtype)
+            grad_g = (grad_v * u).sum(dim=1, keepdim=True)
+            grad_g = grad_g if gates.dtype == grad_g.dtype else grad_g.to(gates.dtype)
         if needs_logits:
             grad_logits, grad_g = ctx.own.grad_logits(grad_g, g, None, tasks, logits), None
+        grad_base = grad if needs_base else None
         return grad_base, grad_x, None, None, grad_A, grad_B, None, grad_g, None, grad_logits

@@ -17,7 +17,8 @@ What is cheap, and why `add_update` chooses as it does:
   (decoding) the second is far less; with many the first, and then the pairs are mixed for the rows at once, which costs
   no more than copying them would. Neither outlives the call.
 - **Layout**: a mixed A comes out of the product as `(in, r)`, whole slices of it at a time. To turn it into `(r, in)`
-  moves single numbers; where some CPUs then take `A^T x^T` in half the time, that pays for many tokens only.
+  moves single numbers; CPUs then take `A^T x^T` in half the time, and a single token in a third, which pays for many
+  tokens, or where the pair is kept.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def add_update(
         update = torch.bmm(through_A(together, A), B).view(len(rows.padded), *y.shape[1:])
         y.add_(update.index_select(0, rows.place), alpha=scale)
     else:
-        add_in_runs(y, x, A.index_select(0, rows.index), B.index_select(0, rows.index), scale)
+        add_in_runs(y, x, A.mT.index_select(0, rows.index).mT, B.index_select(0, rows.index), scale)
     return y
 
 

@@ -14,7 +14,15 @@ from typing import Any, Optional, cast
 
 import torch
 
-from ..products import add_in_runs, grad_input, in_runs, low_rank_update, scaled_product, to_add_to
+from ..products import (
+    add_in_runs,
+    grad_input,
+    in_runs,
+    low_rank_update,
+    scaled_product,
+    to_add_to,
+    turned_product,
+)
 from .mixing import mix_A, mix_B, worth_turning
 from .routed import OwnRouting
 from .second_derivatives import by_plain_operations, wants_a_graph
@@ -75,33 +83,32 @@ class PolyUpdate(torch.autograd.Function):
                 return low_rank_update(x.to(A.dtype), mix_A(weights, A), mix_B(weights, B), ctx.scale)
 
             return by_plain_operations(ctx, grad, update, x, weight, {4: A, 5: B, 7: w, 9: logits})
-        (h, k, d, r), o, g = A.shape, B.shape[-1], len(w)
-        needs_x, needs_A, needs_B, needs_w, needs_logits = (ctx.needs_input_grad[i] for i in (1, 4, 5, 7, 9))
-        grad_base = grad if ctx.needs_input_grad[0] else None
+        needs_base, needs_x, _, _, needs_A, needs_B, _, needs_w, _, needs_logits = ctx.needs_input_grad
+        grad_x, grad_A, grad_B, grad_w, grad_logits = None, None, None, None, None
+        (h, _, d, r), o, g = A.shape, B.shape[-1], len(w)
+        grad_base = grad if needs_base else None
         grad_runs = in_runs(grad, g)
         grad_y = grad_runs if grad.dtype == B.dtype else grad_runs.to(B.dtype)
-        # (g, r, m): the gradient of u, transposed, which is the fast orientation for all that follows
-        grad_u = scaled_product(mix_B(w, B), grad_y.transpose(1, 2), ctx.scale)
-        grad_x = None
+        # the gradient of u: (g, r, m), turned, which is the fast orientation for all that follows
+        grad_u = scaled_product(mix_B(w, B), grad_y.mT, ctx.scale).mT
         if needs_x:
-            grad_x = grad_input(
-                grad_runs, grad_u.transpose(1, 2), mix_A(w, A, placed=True).transpose(1, 2), weight, x.dtype
-            )
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_input(grad_runs, grad_u, mix_A(w, A, placed=True).mT, weight, x.dtype).view(x.shape)
         if not (needs_A or needs_B or needs_w or needs_logits):
             return grad_base, grad_x, *[None] * 8
-        # gradients of the mixed pair, (g, r, in) and (g, r, out), in the skills' layout (h, g, ...)
-        mixed_A = torch.bmm(grad_u, in_runs(x, g).to(A.dtype)).view(g, r, h, d).permute(2, 0, 3, 1).reshape(h, g, d * r)
-        mixed_B = scaled_product(u.transpose(1, 2), grad_y, ctx.scale)
+        # gradients of the mixed pair, in the skills' layout (h, g, ...)
+        tokens = in_runs(x, g)
+        mixed_A = turned_product(tokens if x.dtype == A.dtype else tokens.to(A.dtype), grad_u)
+        mixed_A = mixed_A.view(g, h, d * r).transpose(0, 1)
+        mixed_B = scaled_product(u.mT, grad_y, ctx.scale)
         mixed_B = mixed_B.view(g, r, h, o).permute(2, 0, 1, 3).reshape(h, g, r * o)
         weights = (w if w.dtype == A.dtype else w.to(A.dtype)).permute(1, 2, 0)  # (h, k, g)
-        grad_A = torch.bmm(weights, mixed_A).view(A.shape) if needs_A else None
-        grad_B = torch.bmm(weights, mixed_B).view(B.shape) if needs_B else None
-        grad_w, grad_logits = None, None
+        if needs_A:
+            grad_A = torch.bmm(weights, mixed_A).view(A.shape)
+        if needs_B:
+            grad_B = torch.bmm(weights, mixed_B).view(B.shape)
         if needs_w or needs_logits:
-            grad_w = torch.bmm(mixed_A, A.reshape(h, k, d * r).transpose(1, 2))
-            grad_w.baddbmm_(mixed_B, B.reshape(h, k, r * o).transpose(1, 2))
-            grad_w = grad_w.transpose(0, 1).to(w.dtype)
+            grad_w = torch.bmm(mixed_A, A.flatten(2).mT).baddbmm_(mixed_B, B.flatten(2).mT).transpose(0, 1)
+            grad_w = grad_w if grad_w.dtype == w.dtype else grad_w.to(w.dtype)
         if needs_logits:
             grad_logits, grad_w = ctx.own.grad_logits(grad_w, w, p, tasks, logits), None
         return grad_base, grad_x, None, None, grad_A, grad_B, None, grad_w, None, grad_logits

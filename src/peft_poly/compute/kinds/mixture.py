@@ -203,7 +203,8 @@ def pairs_of_rows(
         return rows, *mixed(layer, name, rows.tasks, x, ids)
     entry, tensors = kept.get((layer, name)), tensors_of(layer, name)
     if entry is None or not entry.holds(batch, rows.tasks, tensors):
-        entry = kept[layer, name] = Kept(batch, rows.tasks, tensors, mixed(layer, name, rows.tasks, x, ids))
+        values = mixed(layer, name, rows.tasks, x, ids, kept=True)
+        entry = kept[layer, name] = Kept(batch, rows.tasks, tensors, values)
     elif Shortcut.fits(layer, name, x):  # not the first token: there will be more
         kept[layer] = Shortcut(layer, name, x, batch, None, entry.origin, entry.values, _products(rows))
     return rows, *entry.values
@@ -222,7 +223,7 @@ def _served(
     if rows.index is not None and not cheaper_together(rows, x, layer.r[name]):
         rows = rows.one_by_one()
     tensors = tensors_of(layer, name)
-    pair = store.pairs(layer, name, rows, tensors, lambda tasks: mixed(layer, name, tasks, x, tasks))
+    pair = store.pairs(layer, name, rows, tensors, lambda tasks: mixed(layer, name, tasks, x, tasks, kept=True))
     origin = Origin(tensors)
     if origin.lasting and Shortcut.fits(layer, name, x):
         place = store.shortcuts if kept is None else kept
@@ -247,13 +248,13 @@ def _products(rows: Rows) -> Products:
 
 
 def mixed(
-    layer: Adapted, name: str, tasks: torch.Tensor, x: torch.Tensor, ids: torch.Tensor
+    layer: Adapted, name: str, tasks: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, kept: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`Mixture.pair` for tasks `(g,)`, made of the batch's ids, without autograd or autocast; of one task `(in, r)` and
-    `(r, out)`.
+    `(r, out)`. To turn A pays for few tokens too if it is kept for calls to come.
     """
     A, B, logits = tensors_of(layer, name)
     w = routed_without(layer, name, logits, ids, tasks)
     if w.shape[0] == 1:
         return mix_one(w, A, B)
-    return mix_A(w, A, worth_turning(x, w.shape[0]), placed=True), mix_B(w, B)
+    return mix_A(w, A, kept or worth_turning(x, w.shape[0]), placed=True), mix_B(w, B)
