@@ -1,8 +1,7 @@
 """How cost grows with the distinct tasks of a batch: `python -m benchmarks.distinct [--docs docs/benchmarks/speed.md]`.
 
 A forward of 1,000 rows of one token, T5-small shape, 1 to 1,000 distinct tasks of 1,000: CPU time over that of the bare
-model, and a plot. `adapters` goes as far as its LoRAs are loaded (`--loras`): one takes the longer
-the more there are.
+model, and a plot. `adapters` goes as far as its LoRAs are loaded (`--loras`): one takes the longer the more there are.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,15 +25,22 @@ from . import results
 from .cases import Case
 from .figures import Figures, measure, variants_of
 
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 POINTS = (1, 3, 10, 30, 100, 300, 1000)
 WORK = Case("forward", ("lora",), rows=1000, length=1, tasks=1000)
 COLUMNS = ("tasks", *results.NAMES)
 COLOURS = {"lora": "#9ca3af", "adapters": "#b45309", "poly": "#60a5fa", "mhr": "#1d4ed8", "gates": "#047857"}
-LABELS = {"lora": "one LoRA (one task only)", "adapters": "a LoRA each, adapter_names", "mhr": "MHR", "poly": "Poly"}
+LABELS = {
+    "lora": "one LoRA for all (one task)",
+    "adapters": "a LoRA each",
+    "mhr": "MHR",
+    "poly": "Poly",
+    "gates": "gates",
+}
 
 
 def plot(path: Path, figures: Sequence[Figures]) -> None:
-    """A line for each variant; nothing without matplotlib."""
+    """A line for each variant with its name at its end, so that no key is needed; nothing without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -43,16 +49,28 @@ def plot(path: Path, figures: Sequence[Figures]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
-    for name, colour in COLOURS.items():
-        known = [(one.case.distinct, one.over[name]) for one in figures if name in one.over]
-        if known:
-            axes.plot(*zip(*known, strict=True), marker="o", color=colour, label=LABELS.get(name, name))
+    lines = {name: [(one.case.distinct, one.over[name]) for one in figures if name in one.over] for name in COLOURS}
+    lines = {name: known for name, known in lines.items() if known}
+    for name, known in lines.items():
+        axes.plot(*zip(*known, strict=True), marker="o", markersize=4, color=COLOURS[name])
     axes.set(xscale="log", xlabel="distinct tasks in a batch of 1,000 rows", ylabel="CPU time over the bare model's")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=1)
-    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    for name, height in apart({name: known[-1][1] for name, known in lines.items()}, axes.get_ylim()[1] - 1).items():
+        x, label = lines[name][-1][0], LABELS.get(name, name)
+        axes.annotate(label, (x, height), (8, 0), textcoords="offset points", va="center", color=COLOURS[name])
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def apart(heights: Mapping[str, float], span: float) -> dict[str, float]:
+    """Heights of labels, none nearer to the one below than a line of text is high, a 16th of the picture's span."""
+    placed: dict[str, float] = {}
+    lowest = float("-inf")
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
+        placed[name] = lowest = max(height, lowest + span / 16)
+    return placed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--loras", type=int, default=30, help="the most tasks that `adapters` does (default: 30)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of a point (default: 5)")
     parser.add_argument("--budget", type=float, default=20, help="seconds of a point after its third round")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the plot")
+    parser.add_argument("--picture", type=Path, default=IMAGES / "speed.png", help="the plot")
     parser.add_argument("--docs", type=Path, help="a Markdown file whose table is to be replaced")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
@@ -75,8 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"{distinct:,} tasks: {over} (load {one.load}, {one.rounds} rounds)", soft_wrap=True)
     loading = variants.loading
     console.print(f"{len(loading)} LoRAs took {sum(loading):.1f} s to load, the last {loading[-1]:.2f} s")
-    args.results.mkdir(parents=True, exist_ok=True)
-    plot(args.results / "distinct.png", taken)
+    plot(args.picture, taken)
     if args.docs:
         rows = [
             {**row, "tasks": f"{one.case.distinct:,}"} for one, row in zip(taken, results.rows_of(taken), strict=True)

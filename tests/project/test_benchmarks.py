@@ -182,9 +182,9 @@ class TestPrograms:
         monkeypatch.setattr(distinct, "WORK", replace(distinct.WORK, **{**TINY, "rows": 3}))
         page = tmp_path / "page.md"
         page.write_text("<!-- distinct -->\n<!-- /distinct -->\n", encoding="utf-8")
-        distinct.main(["--rounds", "3", "--budget", "0", "--results", str(tmp_path), "--docs", str(page)])
+        distinct.main(["--rounds", "3", "--budget", "0", "--picture", str(tmp_path / "speed.png"), "--docs", str(page)])
         assert [line.split(" | ")[0] for line in page.read_text(encoding="utf-8").splitlines()[-3:-1]] == ["| 1", "| 3"]
-        assert (tmp_path / "distinct.png").stat().st_size > 1000
+        assert (tmp_path / "speed.png").stat().st_size > 1000
 
     def test_growing_is_measured(self, monkeypatch):
         monkeypatch.setitem(models.SHAPES, "t5-small", models.SHAPES["t5-small"].__class__(**_tiny_t5()))

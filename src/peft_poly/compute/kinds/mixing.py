@@ -28,7 +28,7 @@ import torch
 from ...tasks.grouping import Rows
 from ..products import add_in_runs, add_one, through_A, to_add_to
 
-__all__ = ["add_update", "cheaper_together", "mix_A", "mix_B", "mix_one", "worth_turning"]
+__all__ = ["add_update", "as_skills", "cheaper_together", "mix_A", "mix_B", "mix_one", "worth_turning"]
 
 MANY = 64  # tokens of a pair: from MANY on A is worth turning
 
@@ -62,12 +62,8 @@ def mix_B(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 def mix_one(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The pair of one task, with the least that can be done: w `(1, h, k)` `-> (in, r), (r, out)`."""
     h, k, d, r = A.shape
-    w_A = w.transpose(0, 1)
-    w_B = w_A
-    if w.dtype != A.dtype:
-        w_A = w_A.to(A.dtype)
-    if w.dtype != B.dtype:
-        w_B = w_B.to(B.dtype)
+    w = as_skills(w, A, B).transpose(0, 1)
+    w_A, w_B = _as(w, A.dtype), _as(w, B.dtype)
     mixed = torch.bmm(w_B, B.reshape(h, k, -1))
     mixed_B = mixed.view(r, -1) if h == 1 else mixed.view(h, r, -1).transpose(0, 1).reshape(r, -1)
     return torch.bmm(w_A, A.reshape(h, k, -1)).view(h * d, r), mixed_B
@@ -76,6 +72,11 @@ def mix_one(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Te
 def worth_turning(x: torch.Tensor, g: int) -> bool:
     """Whether x `(b, ..., in)` has so many tokens for each of g pairs, more than one, that turning a mixed A pays."""
     return g > 1 and x.numel() >= MANY * g * x.shape[-1]
+
+
+def as_skills(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """Weights in the dtype of the skills, to be cast once for both; as they are if A and B differ in it."""
+    return _as(w, A.dtype) if A.dtype == B.dtype else w
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..products import (
     to_add_to,
     turned_product,
 )
-from .mixing import mix_A, mix_B, worth_turning
+from .mixing import as_skills, mix_A, mix_B, worth_turning
 from .routed import OwnRouting
 from .second_derivatives import by_plain_operations, wants_a_graph
 
@@ -63,10 +63,9 @@ class PolyUpdate(torch.autograd.Function):
             y = to_add_to(torch.nn.functional.linear(x, weight, bias), owned=True)
         else:
             y = to_add_to(cast(torch.Tensor, base), owned=False)
-        turned = worth_turning(x, len(w))
-        u = add_in_runs(
-            y, x if x.dtype == A.dtype else x.to(A.dtype), mix_A(w, A, turned, placed=True), mix_B(w, B), scale
-        )
+        tokens, weights = x if x.dtype == A.dtype else x.to(A.dtype), as_skills(w, A, B)
+        mixed_A = mix_A(weights, A, turned=worth_turning(x, len(w)), placed=True)
+        u = add_in_runs(y, tokens, mixed_A, mix_B(weights, B), scale)
         p, tasks = (None, None) if own is None else (own.p, own.tasks)
         ctx.save_for_backward(x, u, w, p, A, B, weight, tasks, logits)
         ctx.own, ctx.scale = own, scale
@@ -87,12 +86,13 @@ class PolyUpdate(torch.autograd.Function):
         grad_x, grad_A, grad_B, grad_w, grad_logits = None, None, None, None, None
         (h, _, d, r), o, g = A.shape, B.shape[-1], len(w)
         grad_base = grad if needs_base else None
+        weights = as_skills(w, A, B)
         grad_runs = in_runs(grad, g)
         grad_y = grad_runs if grad.dtype == B.dtype else grad_runs.to(B.dtype)
         # the gradient of u: (g, r, m), turned, which is the fast orientation for all that follows
-        grad_u = scaled_product(mix_B(w, B), grad_y.mT, ctx.scale).mT
+        grad_u = scaled_product(mix_B(weights, B), grad_y.mT, ctx.scale).mT
         if needs_x:
-            grad_x = grad_input(grad_runs, grad_u, mix_A(w, A, placed=True).mT, weight, x.dtype).view(x.shape)
+            grad_x = grad_input(grad_runs, grad_u, mix_A(weights, A, placed=True).mT, weight, x.dtype).view(x.shape)
         if not (needs_A or needs_B or needs_w or needs_logits):
             return grad_base, grad_x, *[None] * 8
         # gradients of the mixed pair, in the skills' layout (h, g, ...)
@@ -101,7 +101,7 @@ class PolyUpdate(torch.autograd.Function):
         mixed_A = mixed_A.view(g, h, d * r).transpose(0, 1)
         mixed_B = scaled_product(u.mT, grad_y, ctx.scale)
         mixed_B = mixed_B.view(g, r, h, o).permute(2, 0, 1, 3).reshape(h, g, r * o)
-        weights = (w if w.dtype == A.dtype else w.to(A.dtype)).permute(1, 2, 0)  # (h, k, g)
+        weights = (weights if weights.dtype == A.dtype else weights.to(A.dtype)).permute(1, 2, 0)  # (h, k, g)
         if needs_A:
             grad_A = torch.bmm(weights, mixed_A).view(A.shape)
         if needs_B:

@@ -21,7 +21,7 @@ from ..onloading import is_offloaded
 from ..parts import FIRST_TASK, ids_of_rows, row_tasks, tensors_of
 from ..products import low_rank_update
 from .kind import Kind
-from .mixing import add_update, cheaper_together, mix_A, mix_B, mix_one, worth_turning
+from .mixing import add_update, as_skills, cheaper_together, mix_A, mix_B, mix_one, worth_turning
 from .mixing_node import PolyUpdate
 from .routed import routed_for_backward, routed_without
 
@@ -257,4 +257,5 @@ def mixed(
     w = routed_without(layer, name, logits, ids, tasks)
     if w.shape[0] == 1:
         return mix_one(w, A, B)
+    w = as_skills(w, A, B)
     return mix_A(w, A, kept or worth_turning(x, w.shape[0]), placed=True), mix_B(w, B)
