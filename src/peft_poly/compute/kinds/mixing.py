@@ -98,7 +98,7 @@ def add_update(
         owned: nobody else holds `y`, so that it can be added to in place.
 
     Returns:
-        `(b, ..., out)`, dtype of `y`; `y` itself if `owned`.
+        `(b, ..., out)`, dtype of `y`; in the memory of `y` if `owned`.
     """
     y = to_add_to(y, owned)
     if A.dim() == 2:
