@@ -13,7 +13,8 @@ Letters: b rows of the batch, g pairs, m tokens of a pair, r rank.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from collections.abc import Callable
+from typing import Optional
 
 import torch
 
@@ -90,13 +91,13 @@ def add_in_runs(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tens
 
 def through_A(tokens: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """`u = x A` in the faster order: `([g,] m, in), ([g,] in, r) -> ([g,] m, r)`."""
-    product: Any = torch.mm if tokens.dim() == 2 else torch.bmm
+    product: Callable[..., torch.Tensor] = torch.mm if tokens.dim() == 2 else torch.bmm
     return product(tokens, A) if _straight(tokens) else product(A.mT, tokens.mT).mT
 
 
 def turned_product(tokens: torch.Tensor, grad_u: torch.Tensor) -> torch.Tensor:
     """`x^T grad_u`, the gradient of A, in the faster order: `([g,] m, in), ([g,] m, r) -> ([g,] in, r)`, contiguous."""
-    product: Any = torch.mm if tokens.dim() == 2 else torch.bmm
+    product: Callable[..., torch.Tensor] = torch.mm if tokens.dim() == 2 else torch.bmm
     return product(tokens.mT, grad_u) if _straight(tokens) else product(grad_u.mT, tokens).mT.contiguous()
 
 
@@ -125,7 +126,7 @@ def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tens
     key = (a.dtype, a.device)
     if key not in _ZEROS:
         _ZEROS[key] = torch.zeros((), dtype=a.dtype, device=a.device)
-    product: Any = torch.addmm if a.dim() == 2 else torch.baddbmm
+    product: Callable[..., torch.Tensor] = torch.addmm if a.dim() == 2 else torch.baddbmm
     return product(_ZEROS[key], a, b, beta=0, alpha=scale)
 
 
