@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from smollm2 import unpacked
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -31,9 +32,24 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from peft_poly import DataCollatorWithTaskIds, PolyConfig, create_poly_optimizer
 
 OUTPUT = Path("outputs") / "assistants"
-NEW_TOKENS = 48  # more than the longest answer has
-ROWS_AT_ONCE = 24
+ROWS_AT_ONCE = 40
 console = Console(highlight=False, soft_wrap=True)
+
+
+class OnAnswers(SFTTrainer):
+    """TRL's trainer. On a CPU that scores the prompts against the whole vocabulary too; here the answers alone are."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        first = int((labels != -100).any(dim=0).nonzero()[0])  # the first column that has an answer in any row
+        outputs = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] - first + 1)
+        labels = labels[:, first:]
+        asked = labels != -100
+        loss = functional.cross_entropy(outputs.logits[:, :-1][asked], labels[asked], reduction="sum")
+        loss = loss / (asked.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
 
 def routed(assistants: list[str], r: int = 4, n_skills: int = 6, n_splits: int = 4) -> PolyConfig:
@@ -70,13 +86,13 @@ def train(
     names = (config or model.active_peft_config).to_dict().get("task_names")
     settings = SFTConfig(
         str(output_dir), num_train_epochs=epochs, per_device_train_batch_size=batch_size, learning_rate=lr,
-        warmup_steps=10, lr_scheduler_type="linear", weight_decay=0.0, seed=seed, bf16=False,
+        warmup_steps=5, lr_scheduler_type="linear", weight_decay=0.0, seed=seed, bf16=False,
         gradient_checkpointing=False, save_strategy="no", logging_steps=10, report_to="none",
         disable_tqdm=not progress, dataloader_pin_memory=False,
     )  # fmt: skip
     collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     columns = ("prompt", "completion", "task") if names else ("prompt", "completion")
-    trainer = SFTTrainer(
+    trainer = OnAnswers(
         model, settings, train_dataset=Dataset.from_list([{key: row[key] for key in columns} for row in rows]),
         processing_class=tokenizer, peft_config=config,
         data_collator=DataCollatorWithTaskIds(collator, names) if names else collator,
@@ -92,6 +108,7 @@ def train(
 def answers(model: Any, tokenizer: Any, rows: list[Row], tasks: bool = True, progress: str = "") -> list[str]:
     """The likeliest answer to each row; rows of all tasks share a batch, each with its own in `task_ids`."""
     found: list[str] = []
+    longest = max(len(ids) for ids in tokenizer([answer_of(row) for row in rows])["input_ids"])
     starts = range(0, len(rows), ROWS_AT_ONCE)
     for start in track(starts, progress, console=console, transient=True) if progress else starts:
         part = rows[start : start + ROWS_AT_ONCE]
@@ -100,7 +117,7 @@ def answers(model: Any, tokenizer: Any, rows: list[Row], tasks: bool = True, pro
             padding=True, tokenizer_kwargs={"padding_side": "left"},
         )  # fmt: skip
         ids = {"task_ids": [row["task"] for row in part]} if tasks else {}
-        made = model.generate(**batch, **ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        made = model.generate(**batch, **ids, max_new_tokens=longest + 4, do_sample=False)
         found += tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
 

@@ -76,13 +76,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one assistant: per cent of answers in its form, and right to the letter."""
+    """Of one assistant: per cent of answers in its form, and right to the letter; which are, 1 or 0 for each row."""
 
     task: str
     form: float
     exact: float
     parameters: int = 0
     seconds: float = 0  # of the whole unit
+    rows: str = ""
 
 
 class Store:
@@ -118,9 +119,8 @@ def _unit(line: dict[str, str]) -> Unit:
 
 
 def _result(line: dict[str, str]) -> Result:
-    return Result(
-        line["task"], float(line["form"]), float(line["exact"]), int(line["parameters"]), float(line["seconds"])
-    )
+    numbers = (float(line["form"]), float(line["exact"]), int(line["parameters"]), float(line["seconds"]))
+    return Result(line["task"], *numbers, rows=line["rows"])
 
 
 class Plan:

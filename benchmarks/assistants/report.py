@@ -1,4 +1,8 @@
-"""From results to tables: mean over the assistants, with the standard error over seeds or draws."""
+"""From results to tables: means over the assistants, with intervals over the letters and errors over draws of rows.
+
+A letter goes to all assistants, so that its answers are not independent: the intervals are percentile bootstraps over
+letters, each with the mean over the assistants and seeds.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import math
 from statistics import fmean
 from typing import Any
 
-from ..quality.statistics import mean_and_error
+from ..quality.statistics import bootstrap, mean_and_error
 from .plan import FEW, METHODS, QUANTISED, Plan, Result, Unit
 
 __all__ = ["all_table", "few_table", "quantised_table", "task_table", "tuning_table"]
@@ -25,6 +29,7 @@ def all_table(plan: Plan) -> Table:
         if method != "base":
             row["rates"] = " / ".join(f"{rate:g}" for rate in plan.rates(method) if rate)
         row |= {what: shown([_mean(one, what) for one in seeds.values()]) for what in ("form", "exact")}
+        row["95 % of draws of letters"] = interval(letters(seeds))
         rows.append({**row, "seeds": len(seeds), "exact, less told": _less(seeds, found["shared LoRA, told"], method)})
     return rows
 
@@ -67,7 +72,12 @@ def quantised_table(plan: Plan) -> Table:
         name: plan.store.done.get(Unit("quantised", name, 0)) for name in QUANTISED
     }
     return [
-        {"base in training, then in serving": name, **{what: shown([_mean(one, what)]) for what in ("form", "exact")}}
+        {
+            "base in training, then in serving": name,
+            **{what: shown([_mean(one, what)]) for what in ("form", "exact")},
+            "95 % of draws of letters": interval(letters({0: one})),
+            "exact, less plain": interval(_paired({0: one}, {0: plain})) if plain and one is not plain else "",
+        }
         for name, one in found.items()
         if one
     ]
@@ -95,6 +105,20 @@ def shown(values: list[float]) -> str:
     return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
 
 
+def letters(seeds: dict[int, list[Result]]) -> list[float]:
+    """For each letter of the test, per cent of the answers to it that are right, over assistants and seeds."""
+    found = [result.rows for results in seeds.values() for result in results]
+    return [100 * fmean(int(rows[letter]) for rows in found) for letter in range(len(found[0]))]
+
+
+def interval(values: list[float]) -> str:
+    """The 2.5th and the 97.5th percentile of the mean over draws of the letters; empty where there is nothing."""
+    if not values:
+        return ""
+    found = bootstrap(values)
+    return f"{found.low:.0f} to {found.high:.0f}"
+
+
 def _by_seed(plan: Plan, method: str) -> dict[int, list[Result]]:
     units = {unit: results for unit, results in plan.store.done.items() if (unit.stage, unit.method) == ("all", method)}
     return {unit.seed: results for unit, results in sorted(units.items(), key=lambda pair: pair[0].seed)}
@@ -105,6 +129,13 @@ def _mean(results: list[Result], what: str) -> float:
 
 
 def _less(seeds: dict[int, list[Result]], others: dict[int, list[Result]], method: str) -> str:
-    if method in ("base", "shared LoRA, told"):
+    """The difference and its interval, over the seeds that both have."""
+    both = {seed: results for seed, results in seeds.items() if seed in others}
+    if method in ("base", "shared LoRA, told") or not both:
         return ""
-    return shown([_mean(seeds[seed], "exact") - _mean(others[seed], "exact") for seed in seeds if seed in others])
+    less = _paired(both, {seed: others[seed] for seed in both})
+    return f"{fmean(less):.1f} ({interval(less)})"
+
+
+def _paired(one: dict[int, list[Result]], other: dict[int, list[Result]]) -> list[float]:
+    return [a - b for a, b in zip(letters(one), letters(other), strict=True)]

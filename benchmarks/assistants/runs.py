@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from assistant_data import LATER, TRAINED, Row, rows_of, scores, told
+from assistant_data import LATER, TRAINED, Row, answer_of, rows_of, scores, told
 from assistants import answers, load, routed, train
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -32,9 +32,12 @@ class Run:
         stage = {"tune": self._tune, "all": self._all, "quantised": self._quantised, "few": self._few}[unit.stage]
         model, tokenizer, rows = stage(unit)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if unit.method != "base" else 0
-        found = scores(rows, answers(model, tokenizer, rows, tasks=_has_tasks(model)))
-        seconds = round(time.perf_counter() - start, 1)
-        return [Result(task, one["form"], one["exact"], trained, seconds) for task, one in found.items()]
+        said = answers(model, tokenizer, rows, tasks=_has_tasks(model))
+        seconds, right = round(time.perf_counter() - start, 1), _right(rows, said)
+        return [
+            Result(task, one["form"], one["exact"], trained, seconds, right[task])
+            for task, one in scores(rows, said).items()
+        ]
 
     def _tune(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
         model, tokenizer = self._trained(unit.method, unit.seed, unit.rates)
@@ -139,6 +142,14 @@ class Run:
     def _keep(self, model: PeftModel, method: str, seed: int) -> None:
         shutil.rmtree(self._folder(method, seed), ignore_errors=True)
         model.save_pretrained(self._folder(method, seed), save_embedding_layers=False)
+
+
+def _right(rows: list[Row], said: list[str]) -> dict[str, str]:
+    """By assistant, 1 for each row that is answered right to the letter, and 0 for each other."""
+    found = dict.fromkeys((row["task"] for row in rows), "")
+    for row, answer in zip(rows, said, strict=True):
+        found[row["task"]] += str(int(answer == answer_of(row)))
+    return found
 
 
 def _has_tasks(model: Any) -> bool:

@@ -28,6 +28,7 @@ from .adapter.labelled.classifiers import (
     tell_heads,
     train_shared_layers,
 )
+from .adapter.names import check_adapter_name
 from .adapter.routed_calls import PASSED, RoutedCalls
 from .adapter.sharing import router_group, shared_router_keys
 from .adapter.targets import check_architecture, check_target, warn_of_fused_experts
@@ -110,7 +111,7 @@ class PolyModel(RoutedCalls, TaskVerbs, BaseTuner):
         Raises:
             TypeError: a target is no linear layer.
             ValueError: `n_splits` does not divide a target's features; no target was found; a target is one whose
-                `forward` its model never calls.
+                `forward` its model never calls; the adapter cannot have this name.
         """
         check_not_serving(self.task_context, "Adding an adapter")
         source = self._source_of_copy(adapter_name)
@@ -119,6 +120,7 @@ class PolyModel(RoutedCalls, TaskVerbs, BaseTuner):
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
             config = cast(PolyConfig, self.peft_config[adapter_name])
+            check_adapter_name(adapter_name, model, config, PolyLayer.adapter_layer_names)
             warn_of_fused_experts(model, config.target_modules)
             reserve_layers(model, config)
             with torch.inference_mode(False):  # whose tensors could never be trained

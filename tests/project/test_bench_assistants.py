@@ -9,18 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks are no part of the package
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # nor are examples
+
+import assistants
+from assistant_data import TRAINED, rows_of
 
 from benchmarks.assistants import __main__ as command
 from benchmarks.assistants import report
 from benchmarks.assistants.plan import FEW, GRID, METHODS, QUANTISED, Plan, Result, Settings, Store, Unit
 from benchmarks.assistants.runs import Run
-
-pytest.importorskip("trl")
 
 TINY = Settings(
     train_rows=2,
@@ -68,9 +71,14 @@ def plan(tmp_path) -> Plan:
 def fill(plan: Plan, exact) -> None:
     """Pretend that every unit has run; `exact` says what its two assistants have right."""
     for unit in plan.units():
-        plan.store.add(
-            unit, [Result(task, 100.0, value, 7, 1.0) for task, value in zip("ab", exact(unit), strict=True)]
-        )
+        values = zip("ab", exact(unit), strict=True)
+        plan.store.add(unit, [Result(task, 100.0, value, 7, 1.0, _rows(value)) for task, value in values])
+
+
+def _rows(exact: float) -> str:
+    """Ten letters, of which so many per cent are right."""
+    right = round(exact / 10)
+    return "1" * right + "0" * (10 - right)
 
 
 def test_a_plan_has_every_method_seed_way_and_draw_once(plan):
@@ -103,7 +111,9 @@ def test_the_tables_have_means_over_assistants_with_errors_over_seeds_and_draws(
     fill(plan, lambda unit: (20.0 * unit.seed + 10 * unit.draw, 40.0))
     found = {row["method"]: row for row in report.all_table(plan)}
     assert found["MHR"]["exact"] == "25.0 ± 5.0"  # (0 + 40) / 2 and (20 + 40) / 2
-    assert found["gates"]["exact, less told"] == "0.0 ± 0.0"
+    assert found["gates"]["exact, less told"] == "0.0 (0 to 0)"
+    low, high = (float(part) for part in found["MHR"]["95 % of draws of letters"].split(" to "))
+    assert low < 25 < high
     assert found["base"]["exact"] == "20.0"
     assert report.task_table(plan)[0] | {"base": "0"} == report.task_table(plan)[0]
     assert report.task_table(plan)[0]["MHR"] == "10"
@@ -143,3 +153,19 @@ def test_adapters_trained_on_a_quantised_base_are_served_on_either(chat_model, p
     base, _ = run._base(nf4=True)
     assert isinstance(PeftModel.from_pretrained(base, run._folder("MHR on NF4", 0)), PeftModel)
     assert type(base.model.layers[0].mlp.up_proj.get_base_layer()).__name__ == "Linear4bit"
+
+
+def test_the_loss_on_the_answers_alone_trains_what_trls_own_does(chat_model, tmp_path, monkeypatch):
+    rows = [row for name in TRAINED for row in rows_of([name], "train")[:2]]
+
+    def trained() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model, tokenizer = assistants.load(chat_model)
+        config = assistants.routed(TRAINED, r=1)
+        settings = {"epochs": 2, "lr": 1e-2, "batch_size": 4, "progress": False}
+        model = assistants.train(model, tokenizer, rows, config, tmp_path, **settings)
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    ours = trained()
+    monkeypatch.setattr(assistants, "OnAnswers", trl.SFTTrainer)
+    torch.testing.assert_close(ours, trained(), atol=1e-5, rtol=1e-4)

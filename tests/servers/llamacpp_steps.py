@@ -10,18 +10,21 @@ import sys
 from pathlib import Path
 
 import llama_cpp
+import numpy
 
 
 def greedy(model: llama_cpp.Llama, prompt: list[int], new: int, end: int) -> list[int]:
     model.reset()
-    model.eval(prompt)
     found: list[int] = []
+    tokens = prompt
     while len(found) < new:
-        token = int(model.scores[model.n_tokens - 1].argmax())
+        model.eval(tokens)
+        last = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        token = int(numpy.ctypeslib.as_array(last, shape=(model.n_vocab(),)).argmax())
         if token == end:
             break
         found.append(token)
-        model.eval([token])
+        tokens = [token]
     return found
 
 
@@ -30,8 +33,8 @@ def main(source: Path, target: Path) -> None:
     answers: list[list[int]] = [[] for _ in wanted["requests"]]
     for task, lora in wanted["loras"].items():
         model = llama_cpp.Llama(
-            model_path=wanted["base"], lora_path=lora, n_ctx=256, n_threads=wanted["threads"], logits_all=True,
-            verbose=False, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False,
+            model_path=wanted["base"], lora_path=lora, n_ctx=256, n_threads=wanted["threads"], verbose=False,
+            type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False,
         )  # fmt: skip
         for number, request in enumerate(wanted["requests"]):
             if request["task"] == task:
