@@ -86,8 +86,8 @@ def train(
     names = (config or model.active_peft_config).to_dict().get("task_names")
     settings = SFTConfig(
         str(output_dir), num_train_epochs=epochs, per_device_train_batch_size=batch_size, learning_rate=lr,
-        warmup_steps=round(len(rows) * epochs / batch_size / 12), lr_scheduler_type="linear", weight_decay=0.0, seed=seed, bf16=False,
-        gradient_checkpointing=False, save_strategy="no", logging_steps=10, report_to="none",
+        warmup_steps=round(len(rows) * epochs / batch_size / 12), lr_scheduler_type="linear", weight_decay=0.0,
+        seed=seed, bf16=False, gradient_checkpointing=False, save_strategy="no", logging_steps=10, report_to="none",
         disable_tqdm=not progress, dataloader_pin_memory=False,
     )  # fmt: skip
     collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
