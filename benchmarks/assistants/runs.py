@@ -48,17 +48,14 @@ class Run:
         if unit.method == "base":
             return (*load(self.model), rows)
         model, tokenizer = self._trained(unit.method, unit.seed, self.plan.rates(unit.method))
-        self._keep(model, unit.method, unit.seed)
+        self._keep(model, self._folder(unit.method, unit.seed))
         return model, tokenizer, rows
 
     def _quantised(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
         trained_on, served_on = QUANTISED[unit.method]
-        name = "MHR" if trained_on == "plain" else "MHR on NF4"
-        if trained_on == "nf4" and not self._folder(name, unit.seed).exists():
-            model, _ = self._trained("MHR", unit.seed, self.plan.rates("MHR"), nf4=True)
-            self._keep(model, name, unit.seed)
+        folder = self._adapter("MHR", unit.seed, nf4=trained_on == "nf4")
         base, tokenizer = self._base(served_on == "nf4")
-        model = PeftModel.from_pretrained(base, self._folder(name, unit.seed), is_trainable=True).eval()
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
         return model, tokenizer, self._rows("MHR", "test", self.plan.settings.test_rows)
 
     def _few(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
@@ -72,7 +69,7 @@ class Run:
         if method is None:
             model, config = base, self._config("shared LoRA", [LATER])
         else:
-            model = PeftModel.from_pretrained(base, self._folder(method, unit.seed), is_trainable=True)
+            model = PeftModel.from_pretrained(base, self._adapter(method, unit.seed), is_trainable=True)
             if isinstance(model.active_peft_config, PolyConfig):
                 model.add_tasks([LATER])
             if "only" in unit.method:
@@ -91,6 +88,14 @@ class Run:
             settings.few_batch,
         )
         return model, tokenizer, test
+
+    def _adapter(self, method: str, seed: int, nf4: bool = False) -> Path:
+        """The folder of an adapter of all assistants; it is trained where only its results are there, as in a clone."""
+        folder = self._folder(f"{method} on NF4" if nf4 else method, seed)
+        if not folder.exists():
+            model, _ = self._trained(method, seed, self.plan.rates(method), nf4)
+            self._keep(model, folder)
+        return folder
 
     def _trained(self, method: str, seed: int, rates: tuple[float, float], nf4: bool = False) -> tuple[Any, Any]:
         base, tokenizer = self._base(nf4)
@@ -139,9 +144,10 @@ class Run:
             / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}"
         )
 
-    def _keep(self, model: PeftModel, method: str, seed: int) -> None:
-        shutil.rmtree(self._folder(method, seed), ignore_errors=True)
-        model.save_pretrained(self._folder(method, seed), save_embedding_layers=False)
+    @staticmethod
+    def _keep(model: PeftModel, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def _right(rows: list[Row], said: list[str]) -> dict[str, str]:
