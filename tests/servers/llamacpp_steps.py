@@ -23,6 +23,7 @@ class Engine:
     def __init__(self, base: str, lora: str, sequences: int, threads: int) -> None:
         settings = cpp.llama_model_default_params()
         settings.use_mmap = False
+        settings.use_extra_bufts = False  # plain kernels: those of AMX died of an illegal instruction in a guest
         self.model = cpp.llama_model_load_from_file(base.encode(), settings)
         how = cpp.llama_context_default_params()
         how.n_seq_max, how.n_ctx, how.n_batch, how.n_ubatch = sequences, CELLS * sequences, 2048, 2048
