@@ -43,6 +43,7 @@ def test_llamacpp_answers_with_our_tokens(exported, loras, tmp_path, record_prop
     run(python_of("llamacpp"), script, "--outtype", "f32", exported.base, "--outfile", base)
     found = answers(exported, base, loras, tmp_path)
     with capsys.disabled():
+        print("\n", json.dumps({**exported.requests[0], "answer": found[0]}))
         equal = exported.compare(found, "llama.cpp, F32", record_property)
     assert all(abs(tie["ours"] - tie["theirs"]) < TIE for tie in exported.ties)
     assert sum(equal.values()) + len(exported.ties) == PROMPTS * len(exported.loras)

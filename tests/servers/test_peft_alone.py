@@ -21,6 +21,7 @@ def test_peft_alone_answers_mixed_tasks_with_our_tokens(exported, tmp_path, reco
     run(sys.executable, Path(__file__).with_name("peft_steps.py"), source, target)
     found = [until(row, exported.end) for row in json.loads(target.read_text(encoding="utf-8"))]
     with capsys.disabled():
+        print("\n", json.dumps({**exported.requests[0], "answer": found[0]}))
         equal = exported.compare(found, "PEFT", record_property)
     assert all(abs(tie["ours"] - tie["theirs"]) < TIE for tie in exported.ties)
     assert sum(equal.values()) + len(exported.ties) == PROMPTS * len(exported.loras)
