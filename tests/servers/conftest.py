@@ -28,4 +28,4 @@ def exported(tmp_path_factory) -> Exported:
         for row in rows
     ]
     wanted = greedy_of_ours(model, tokenizer, requests)
-    return Exported(base, loras, requests, wanted, tokenizer.eos_token_id, model)
+    return Exported(rows, tokenizer, base, loras, requests, wanted, tokenizer.eos_token_id, model)

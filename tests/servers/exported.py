@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from environments import run
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # examples are no part of the package
 
+from assistant_data import answer_of
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPTS = 20
 NEW_TOKENS = 32
 ROWS_AT_ONCE = 20
@@ -23,6 +25,9 @@ TIE = 1e-3  # two log-probabilities so near that the last bits of a sum decide b
 @dataclass
 class Exported:
     """The base model's folder, a LoRA folder for each task, and requests with the tokens that we answer."""
+
+    rows: list[dict]  # of the data, with the right answer of each request
+    tokenizer: object
 
     base: Path
     loras: dict[str, Path]
@@ -50,6 +55,11 @@ class Exported:
         print(f"\n{engine}: equal answers of {PROMPTS} {equal}; others, log-probabilities of either token: {ties}")
         self.ties = ties
         return equal
+
+    def right(self, found: list[list[int]]) -> float:
+        """Per cent of the answers that are right to the letter."""
+        said = self.tokenizer.batch_decode(found)
+        return 100 * sum(a == answer_of(row) for a, row in zip(said, self.rows, strict=True)) / len(self.rows)
 
     @torch.inference_mode()
     def logprobs(self, request: dict, tokens: list[int], place: int, other: int) -> tuple[float, float]:

@@ -55,4 +55,5 @@ def test_on_the_quantised_file_itself_most_answers_are_equal(exported, loras, tm
     record_property("llama.cpp, Q4_1", f"{equal}/{len(found)}")
     with capsys.disabled():
         print(f"\nllama.cpp, Q4_1: {equal} of {len(found)} answers are equal")
+        print(f"right to the letter: {exported.right(exported.wanted):.1f} % here, {exported.right(found):.1f} % there")
     assert equal > 0
