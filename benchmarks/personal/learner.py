@@ -22,6 +22,7 @@ __all__ = ["Learner", "auc", "chances", "train"]
 
 WARM_UP = 10  # steps; constant from there on, so that a run of many steps has been one of few
 CLIP = 1.0
+FEWEST = 12  # sequences of a call: for few, what a call costs is more than what padding does
 
 
 class Head(nn.Module):
@@ -67,7 +68,7 @@ class Learner:
         places: dict[tuple[int, int], int] = {}
         for row, task in zip(rows, tasks, strict=True):
             places.setdefault((self.features.index[row.text], task if routed else 0), len(places))
-        vectors = embed(self.adapter.encode, self.features, list(places)) * math.sqrt(self.width)
+        vectors = embed(self.adapter.encode, self.features, list(places), FEWEST) * math.sqrt(self.width)
         of_rows = [
             places[self.features.index[row.text], task if routed else 0] for row, task in zip(rows, tasks, strict=True)
         ]

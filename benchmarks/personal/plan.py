@@ -1,6 +1,6 @@
-"""What is to be run, in an order that makes a fair table of a run cut short: all lines at one seed, then the next.
+"""What is to be run, in an order that makes a fair table of a run cut short: the main lines at one seed, then the next.
 
-for each case:  tune ─▶ many (seed 0) ─▶ many (seed 1) ─▶ ... ─▶ tune new ─▶ new (seed 0) ─▶ ...
+for each case:  tune ─▶ many (seed 0) ─▶ many (seed 1) ─▶ ... ─▶ the same of other lines ─▶ tune new ─▶ new (seed 0)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Optional
 
 from ..quality.rates import Rates
 from ..quality.store import Store
-from .lines import CURES, LINES, WAYS
+from .lines import CURES, LINES, MORE, WAYS
 from .settings import Settings
 
 __all__ = ["Plan", "Result", "Unit"]
@@ -92,17 +92,17 @@ class Plan:
 
     def _slots(self, case: str) -> Iterator[Slot]:
         s, of = self.settings, self.settings.cases[case]
-        if s.tune:
-            for line in self.lines(case):
-                yield from self._trials(case, line)
-        for seed in s.seeds:
-            yield from (Slot("many", case, line, seed) for line in self.lines(case))
+        few, main = s.seeds[: s.few_seeds], [line for line in self.lines(case) if line not in (*MORE, *CURES)]
+        for lines, seeds in ((main, s.seeds), (MORE, few), (CURES if of.cures else (), few)):
+            if s.tune:
+                yield from (trial for line in lines for trial in self._trials(case, line))
+            yield from (Slot("many", case, line, seed) for seed in seeds for line in lines)
         if not of.new:
             return
         if s.tune:
             for way in WAYS:
                 yield from (Slot("tune new", case, way, s.seeds[0], max(s.shots), rates) for rates in WAYS[way].grid)
-        for seed in s.seeds:
+        for seed in few:
             for shots in s.shots:
                 yield from (
                     Slot("new", case, way, seed, shots) for way in WAYS if WAYS[way].verb or shots == s.shots[0]
