@@ -25,7 +25,7 @@ class Line:
         grid: the rates that are tried on held-out training rows.
         like: the line whose rates it takes; its steps are its own. Empty: the grid is tried.
         told: whether a text has the name of its task in it.
-        head_per_task: whether each task has what it adds to the head that all share.
+        own: what each task adds to the head that all share: nothing, a bias, or a head.
         decay: how fast router rows go back to their mean, in their rate; 0 for not at all.
     """
 
@@ -35,7 +35,7 @@ class Line:
     grid: tuple[Rates, ...] = ()
     like: str = ""
     told: bool = False
-    head_per_task: bool = False
+    own: str = ""
     decay: float = 0.0
 
 
@@ -84,18 +84,24 @@ LINES = {
     REFERENCE: _lora,
     TOLD: _variant(_lora, REFERENCE, told=True),
     EACH: Line(Method("per task"), Rates(3e-3, 0, 1), 400, _grid((3e-3, 1e-2))),
-    "a head per task on a shared LoRA": _variant(_lora, REFERENCE, head_per_task=True),
+    "a bias per task on a shared LoRA": _variant(_lora, REFERENCE, own="bias"),
+    "a head per task on a shared LoRA": _variant(_lora, REFERENCE, own="head"),
     "Poly": _poly,
     "MHR, 4 splits": _variant(_poly, "Poly", method=_mhr),
-    "MHR, one row per block": _variant(_poly, "Poly", method=replace(_mhr, granularity="block")),
+    "MHR, one router": _variant(_poly, "Poly", method=replace(_mhr, granularity="model")),
     "gates": _gates,
+    "gates with a head per task": _variant(_gates, "gates", own="head"),
     "Poly, noise": _variant(_poly, "Poly", method=Method("poly", noise=True)),
     "Poly, rows decay to their mean": _variant(_poly, "Poly", decay=0.1),
     "gates, rows decay to their mean": _variant(_gates, "gates", decay=0.1),
-    "gates, one row per block": _variant(_gates, "gates", method=Method("gates", r=24, granularity="block")),
+    "gates, one router": _variant(_gates, "gates", method=Method("gates", r=24, granularity="model")),
+    "Poly, router at 0.1": replace(_poly, grid=(Rates(1e-3, 0.1, 8),)),
+    "gates, router at 0.1": replace(_gates, grid=(Rates(1e-3, 0.1, 1),)),
+    "Poly, router at 0.01": replace(_poly, grid=(Rates(1e-3, 0.01, 8),)),
+    "gates, router at 0.01": replace(_gates, grid=(Rates(1e-3, 0.01, 1),)),
 }
-CURES = ("Poly, noise", "Poly, rows decay to their mean", "gates, rows decay to their mean", "gates, one row per block")
-MORE = ("a head per task on a shared LoRA", "MHR, 4 splits", "MHR, one row per block")  # with fewer seeds
+CURES = tuple(line for line in LINES if line.startswith(("Poly, ", "gates, ")))
+MORE = tuple(line for line in LINES if LINES[line].own or line.startswith("MHR"))  # with fewer seeds
 ROUTED = tuple(line for line in LINES if line.startswith(("Poly", "MHR", "gates")))
 RIVALS = (REFERENCE, TOLD, EACH)  # what routing has to beat
 

@@ -51,7 +51,7 @@ class Settings:
     batch: int = 32
     steps: tuple[int, ...] = (50, 100, 200, 400)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    few_seeds: int = 3
+    few_seeds: int = 2
     tune: bool = True
     shots: tuple[int, ...] = (5, 10, 20)
     new_steps: tuple[int, ...] = (10, 30)
