@@ -22,23 +22,24 @@ __all__ = ["Learner", "auc", "chances", "train"]
 
 WARM_UP = 10  # steps; constant from there on, so that a run of many steps has been one of few
 CLIP = 1.0
+FEWEST = 12  # sequences of a call: for few, what a call costs is more than what padding does
 
 
 class Head(nn.Module):
-    """Logits of the classes, with what each task adds if `tasks` is not 0."""
+    """Logits of the classes, with what each of `tasks` adds: nothing, a bias, or a head of its own."""
 
-    def __init__(self, width: int, classes: int, tasks: int) -> None:
+    def __init__(self, width: int, classes: int, tasks: int, own: str) -> None:
         super().__init__()
         self.shared = nn.Linear(width, classes)
-        self.own = nn.Parameter(torch.zeros(tasks, classes, width + 1)) if tasks else None
+        self.bias = nn.Parameter(torch.zeros(tasks, classes)) if own else None
+        self.own = nn.Parameter(torch.zeros(tasks, classes, width)) if own == "head" else None
 
     def forward(self, x: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
         """`(b, d), (b,) -> (b, classes)`."""
         logits = self.shared(x)
-        if self.own is None:
-            return logits
-        own = self.own[tasks]
-        return logits + torch.einsum("bd,bcd->bc", x, own[..., :-1]) + own[..., -1]
+        if self.bias is not None:
+            logits = logits + self.bias[tasks]
+        return logits if self.own is None else logits + torch.einsum("bd,bcd->bc", x, self.own[tasks])
 
 
 class Learner:
@@ -58,7 +59,7 @@ class Learner:
         self.line, self.features = line, features
         self.adapter: Adapter = build(line.method, rates.scale, features.upper, tasks, seed)
         self.width = next(features.upper.parameters()).shape[-1]
-        self.head = Head(self.width, classes, len(tasks) if line.head_per_task else 0)
+        self.head = Head(self.width, classes, len(tasks), line.own)
 
     def logits(self, rows: list[Example]) -> torch.Tensor:
         """`(b, classes)`."""
@@ -67,7 +68,7 @@ class Learner:
         places: dict[tuple[int, int], int] = {}
         for row, task in zip(rows, tasks, strict=True):
             places.setdefault((self.features.index[row.text], task if routed else 0), len(places))
-        vectors = embed(self.adapter.encode, self.features, list(places)) * math.sqrt(self.width)
+        vectors = embed(self.adapter.encode, self.features, list(places), FEWEST) * math.sqrt(self.width)
         of_rows = [
             places[self.features.index[row.text], task if routed else 0] for row, task in zip(rows, tasks, strict=True)
         ]

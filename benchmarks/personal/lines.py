@@ -8,7 +8,7 @@ from typing import Any
 from ..quality.methods import Method
 from ..quality.rates import Rates
 
-__all__ = ["CURES", "LINES", "REFERENCE", "RIVALS", "ROUTED", "WAYS", "Line", "Way"]
+__all__ = ["CURES", "LINES", "MORE", "REFERENCE", "RIVALS", "ROUTED", "WAYS", "Line", "Way"]
 
 NONE = Rates()
 REFERENCE = "one shared LoRA"
@@ -25,7 +25,7 @@ class Line:
         grid: the rates that are tried on held-out training rows.
         like: the line whose rates it takes; its steps are its own. Empty: the grid is tried.
         told: whether a text has the name of its task in it.
-        head_per_task: whether each task has what it adds to the head that all share.
+        own: what each task adds to the head that all share: nothing, a bias, or a head.
         decay: how fast router rows go back to their mean, in their rate; 0 for not at all.
     """
 
@@ -35,7 +35,7 @@ class Line:
     grid: tuple[Rates, ...] = ()
     like: str = ""
     told: bool = False
-    head_per_task: bool = False
+    own: str = ""
     decay: float = 0.0
 
 
@@ -63,10 +63,13 @@ def _grid(lrs: tuple[float, ...], router_lrs: tuple[float, ...] = (0.0,), scale:
     return tuple(Rates(lr, router_lr, scale) for router_lr in router_lrs for lr in lrs)
 
 
-_lora = Line(Method("lora", r=0), Rates(1e-3, 0, 1), 400, _grid((3e-4, 1e-3, 3e-3)))
-_routers = (0.01, 0.03, 0.1)
-_poly = Line(Method("poly", noise=False), Rates(1e-3, 0.03, 8), 400, _grid((1e-3, 3e-3), _routers, 8.0))
-_gates = Line(Method("gates", r=24), Rates(1e-3, 0.03, 1), 400, _grid((1e-3, 3e-3), _routers))
+def _routed(scale: float) -> tuple[Rates, ...]:
+    return Rates(1e-3, 0.03, scale), Rates(3e-3, 0.1, scale)
+
+
+_lora = Line(Method("lora", r=0), Rates(1e-3, 0, 1), 400, _grid((1e-3, 3e-3)))
+_poly = Line(Method("poly", noise=False), Rates(1e-3, 0.03, 8), 400, _routed(8.0))
+_gates = Line(Method("gates", r=24), Rates(1e-3, 0.03, 1), 400, _routed(1.0))
 
 
 def _variant(of: Line, like: str, **changes: Any) -> Line:
@@ -79,32 +82,37 @@ _mhr = Method("poly", splits=4, noise=False)
 LINES = {
     "the task's commonest class": Line(None),
     REFERENCE: _lora,
-    TOLD: replace(_lora, told=True),
-    EACH: Line(Method("per task"), Rates(3e-3, 0, 1), 400, _grid((3e-4, 1e-3, 3e-3, 1e-2))),
-    "a head per task on a shared LoRA": replace(_lora, head_per_task=True),
+    TOLD: _variant(_lora, REFERENCE, told=True),
+    EACH: Line(Method("per task"), Rates(3e-3, 0, 1), 400, _grid((3e-3, 1e-2))),
+    "a bias per task on a shared LoRA": _variant(_lora, REFERENCE, own="bias"),
+    "a head per task on a shared LoRA": _variant(_lora, REFERENCE, own="head"),
     "Poly": _poly,
-    "MHR, 4 splits": replace(_poly, method=_mhr),
-    "MHR, router per block": _variant(_poly, "MHR, 4 splits", method=replace(_mhr, granularity="block")),
-    "MHR, router for the model": _variant(_poly, "MHR, 4 splits", method=replace(_mhr, granularity="model")),
+    "MHR, 4 splits": _variant(_poly, "Poly", method=_mhr),
+    "MHR, one router": _variant(_poly, "Poly", method=replace(_mhr, granularity="model")),
     "gates": _gates,
+    "gates with a head per task": _variant(_gates, "gates", own="head"),
     "Poly, noise": _variant(_poly, "Poly", method=Method("poly", noise=True)),
     "Poly, rows decay to their mean": _variant(_poly, "Poly", decay=0.1),
     "gates, rows decay to their mean": _variant(_gates, "gates", decay=0.1),
-    "gates, one row per block": _variant(_gates, "gates", method=Method("gates", r=24, granularity="block")),
+    "gates, one router": _variant(_gates, "gates", method=Method("gates", r=24, granularity="model")),
+    "Poly, router at 0.1": replace(_poly, grid=(Rates(1e-3, 0.1, 8),)),
+    "gates, router at 0.1": replace(_gates, grid=(Rates(1e-3, 0.1, 1),)),
+    "Poly, router at 0.01": replace(_poly, grid=(Rates(1e-3, 0.01, 8),)),
+    "gates, router at 0.01": replace(_gates, grid=(Rates(1e-3, 0.01, 1),)),
 }
-CURES = ("Poly, noise", "Poly, rows decay to their mean", "gates, rows decay to their mean", "gates, one row per block")
+CURES = tuple(line for line in LINES if line.startswith(("Poly, ", "gates, ")))
+MORE = tuple(line for line in LINES if LINES[line].own or line.startswith("MHR"))  # with fewer seeds
 ROUTED = tuple(line for line in LINES if line.startswith(("Poly", "MHR", "gates")))
 RIVALS = (REFERENCE, TOLD, EACH)  # what routing has to beat
 
-_z = Way("Poly", "mean", "train_router_only", Rates(0, 0.1), 30, _grid((0.0,), (0.03, 0.1, 0.3, 1.0), 0.0))
-_all = Way("Poly", "mean", "train_all", Rates(3e-4, 0.03), 30, _grid((1e-4, 3e-4, 1e-3), (0.03, 0.1), 0.0))
+_z = Way("Poly", "mean", "train_router_only", Rates(0, 0.1), 30, _grid((0.0,), (0.1, 0.3), 0.0))
+_all = Way("Poly", "mean", "train_all", Rates(3e-4, 0.03), 30, _grid((3e-4, 1e-3), (0.1,), 0.0))
 WAYS = {
     "before: shared LoRA": Way(REFERENCE),
     "before: Poly, mean row": Way("Poly", "mean"),
     "before: gates, mean row": Way("gates", "mean"),
-    "shared LoRA, trained on": Way(REFERENCE, "", "train_all", Rates(3e-4), 30, _grid((1e-4, 3e-4, 1e-3), scale=0.0)),
+    "shared LoRA, trained on": Way(REFERENCE, "", "train_all", Rates(3e-4), 30, _grid((3e-4, 1e-3), scale=0.0)),
     "Poly-z, row of the mean": _z,
-    "Poly-z, row of the nearest": replace(_z, init="nearest"),
     "Poly, all": _all,
     "gates-z, row of the mean": replace(_z, source="gates"),
     "gates-z, row of the nearest": replace(_z, source="gates", init="nearest"),

@@ -1,17 +1,17 @@
-"""What is to be run, in an order that makes a fair table of a run cut short: all lines at one seed, then the next.
+"""What is to be run, in an order that makes a fair table of a run cut short: the main lines at one seed, then the next.
 
-for each case:  tune ─▶ many (seed 0) ─▶ many (seed 1) ─▶ ... ─▶ tune new ─▶ new (seed 0) ─▶ ...
+for each case:  tune ─▶ many (seed 0) ─▶ many (seed 1) ─▶ ... ─▶ other lines ─▶ tune new ─▶ new (seed 0) ─▶ ... ─▶ cures
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
 from ..quality.rates import Rates
 from ..quality.store import Store
-from .lines import CURES, LINES, WAYS
+from .lines import CURES, LINES, MORE, WAYS
 from .settings import Settings
 
 __all__ = ["Plan", "Result", "Unit"]
@@ -92,21 +92,23 @@ class Plan:
 
     def _slots(self, case: str) -> Iterator[Slot]:
         s, of = self.settings, self.settings.cases[case]
-        if s.tune:
-            for line in self.lines(case):
-                yield from self._trials(case, line)
-        for seed in s.seeds:
-            yield from (Slot("many", case, line, seed) for line in self.lines(case))
-        if not of.new:
-            return
-        if s.tune:
+        few, main = s.seeds[: s.few_seeds], [line for line in self.lines(case) if line not in (*MORE, *CURES)]
+        yield from self._many(case, main, s.seeds)
+        yield from self._many(case, MORE, few)
+        if of.new and s.tune:
             for way in WAYS:
                 yield from (Slot("tune new", case, way, s.seeds[0], max(s.shots), rates) for rates in WAYS[way].grid)
-        for seed in s.seeds:
+        for seed in few if of.new else ():
             for shots in s.shots:
                 yield from (
                     Slot("new", case, way, seed, shots) for way in WAYS if WAYS[way].verb or shots == s.shots[0]
                 )
+        yield from self._many(case, CURES if of.cures else (), few)
+
+    def _many(self, case: str, lines: Sequence[str], seeds: Sequence[int]) -> Iterator[Slot]:
+        if self.settings.tune:
+            yield from (trial for line in lines for trial in self._trials(case, line))
+        yield from (Slot("many", case, line, seed) for seed in seeds for line in lines)
 
     def _trials(self, case: str, line: str) -> list[Slot]:
         """What chooses a line's rates and steps; without a rate, those of another line or case are taken."""

@@ -74,8 +74,8 @@ class Run:
         most = max(case.rows for case in self.settings.cases.values())
         self.problems = {name: cut(PROBLEMS[name](source), most, self.settings.tested) for name in names}
         about = [dataclasses.astuple(problem) for problem in self.problems.values()]
-        sizes = {name: asdict(self.settings)[name] for name in ("upper_layers", "max_length", "batch")}
-        text = json.dumps([about, sizes, source.model], sort_keys=True)
+        sizes = {name: asdict(self.settings)[name] for name in ("max_length", "batch")}
+        text = json.dumps([about, sizes, source.model, "feed-forward"], sort_keys=True)
         self.setup = hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def problem(self, case: str, told: bool = False) -> Problem:
@@ -85,12 +85,16 @@ class Run:
         return problem.named() if told else problem
 
     def features(self, case: str, told: bool = False) -> Features:
-        """Hidden states of all texts of the problem that a case is of."""
-        name, s = self.settings.cases[case].problem, self.settings
+        """Hidden states of all texts of the problem that a case is of; told the name, of those of its known tasks."""
+        name, s = case if told else self.settings.cases[case].problem, self.settings
         if (name, told) not in self._features:
-            problem = self.problems[name].named() if told else self.problems[name]
+            problem = (
+                dataclasses.replace(self.problem(case, told), new_train={}, new_test={})
+                if told
+                else self.problems[name]
+            )
             self._features[name, told] = load_features(
-                problem.texts, self.source.outputs, self.source.model, s.upper_layers, s.max_length
+                problem.texts, self.source.outputs, self.source.model, max_length=s.max_length, feed_forward=True
             )
         return self._features[name, told]
 

@@ -32,12 +32,12 @@ class Settings:
 
     Attributes:
         cases: by name, in the order in which they are run.
-        upper_layers: how many of the encoder's last layers are adapted.
         max_length: longest text in tokens.
         tested: most rows of a task in the test; 0 for all.
         batch: rows of a step.
         steps: of training; in tuning, all of these are looked at.
         seeds: of the tables.
+        few_seeds: how many of them the lines of `lines.MORE` and `lines.CURES` and the tables of new tasks have.
         tune: choose rates and steps; else those that `lines` has, but no more steps than the last of `steps`.
         shots: rows of a new task.
         new_steps: as `steps`, of training on a new task.
@@ -46,16 +46,16 @@ class Settings:
     """
 
     cases: dict[str, Case]
-    upper_layers: int = 2
     max_length: int = 48
     tested: int = 0
-    batch: int = 64
-    steps: tuple[int, ...] = (50, 100, 200, 400, 800)
+    batch: int = 32
+    steps: tuple[int, ...] = (50, 100, 200, 400)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    few_seeds: int = 2
     tune: bool = True
     shots: tuple[int, ...] = (5, 10, 20)
-    new_steps: tuple[int, ...] = (10, 30, 100)
-    new_tuned: int = 20
+    new_steps: tuple[int, ...] = (10, 30)
+    new_tuned: int = 10
     new_tested: int = 39
 
 

@@ -1,9 +1,9 @@
 """Tenants as tasks, a simulation: each routes the same messages to queues of its own.
 
-The rule, all of it drawn by a seed: messages have an intent. Each trade sends each intent to one of its queues, at
-random. A tenant belongs to a trade, agrees with it on most intents, and sends the others elsewhere. What a tenant shows
-are some messages with their queues, few or many; neither the intent nor the trade is told to anyone. So the text does
-not say the queue, and tenants of one trade can learn from one another.
+The rule, all of it drawn by a seed: messages have one of two dozen intents. Each trade sends each intent to one of its
+queues, at random. A tenant belongs to a trade, agrees with it on most intents, and sends the others elsewhere. What a
+tenant shows are some messages with their queues, few or many; neither the intent nor the trade is told to anyone. So
+the text does not say the queue, and tenants of one trade can learn from one another.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Rule:
     """How tenants are made.
 
     Attributes:
+        intents: how many of those that the texts have are met, the same for all; all of them if they are no more.
         trades: how many.
         tenants: of each trade; one more of each comes later.
         queues: of each tenant.
@@ -46,6 +47,7 @@ class Rule:
         seed: of all that is drawn.
     """
 
+    intents: int = 24
     trades: int = 6
     tenants: int = 10
     queues: int = 4
@@ -73,10 +75,12 @@ def read_messages(folder: Path, patterns: Sequence[str] = INTENTS) -> list[Messa
 
 def make_tenants(messages: Sequence[Message], rule: Rule = Rule()) -> Problem:
     """The tenants of a rule; the last of each trade comes later."""
-    intents = sorted({message.intent for message in messages})
+    found = sorted({message.intent for message in messages})
+    intents = sorted(Random(f"intents {rule.seed}").sample(found, min(rule.intents, len(found))))
     by_part: dict[bool, list[Message]] = defaultdict(list)
     for message in sorted(messages, key=lambda message: message.text):
-        by_part[message.tested].append(message)
+        if message.intent in intents:
+            by_part[message.tested].append(message)
     parts: tuple[dict[str, list[Example]], ...] = ({}, {}, {}, {})
     for trade in range(rule.trades):
         random = Random(f"trade {trade} {rule.seed}")

@@ -43,6 +43,29 @@ class Upper(nn.Module):
         return hidden
 
 
+class FeedForward(nn.Module):
+    """The feed-forward half of one layer: the least that can be adapted, and a third of the cost of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.intermediate, self.output = layer.intermediate, layer.output
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the attention of the layer has put out `(n, l, d)`, to hidden states; each token by itself."""
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class Attention(nn.Module):
+    """The other half."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.attention = layer.attention
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return self.attention(hidden, mask)[0]
+
+
 class Features:
     """Hidden states of many texts under the upper layers, in one file that processes share.
 
@@ -53,7 +76,7 @@ class Features:
     """
 
     def __init__(
-        self, texts: Sequence[str], starts: np.ndarray, states: np.ndarray, upper: Upper, fingerprint: str
+        self, texts: Sequence[str], starts: np.ndarray, states: np.ndarray, upper: nn.Module, fingerprint: str
     ) -> None:
         self.index = {text: n for n, text in enumerate(texts)}
         self.upper, self.fingerprint = upper, fingerprint
@@ -63,8 +86,8 @@ class Features:
         """Tokens of a text."""
         return int(self._starts[place + 1] - self._starts[place])
 
-    def chunks(self, places: Sequence[int], most_tokens: int = 4096) -> list[Chunk]:
-        """Sequences of about the same length together, as little padding as goes with few calls.
+    def chunks(self, places: Sequence[int], most_tokens: int = 4096, fewest: int = 1) -> list[Chunk]:
+        """Sequences of about the same length together, `fewest` or more: as little padding as goes with few calls.
 
         Returns for each chunk the positions in `places` `(n,)`, hidden states `(n, l, d)` and mask `(n, l)`.
         """
@@ -73,7 +96,8 @@ class Features:
         groups: list[list[int]] = []
         for n in order:
             longest = lengths[groups[-1][0]] if groups else 0
-            if not groups or lengths[n] < 0.75 * longest - 1 or (len(groups[-1]) + 1) * longest > most_tokens:
+            shorter = groups and len(groups[-1]) >= fewest and lengths[n] < 0.75 * longest - 1
+            if not groups or shorter or (len(groups[-1]) + 1) * longest > most_tokens:
                 groups.append([])
             groups[-1].append(n)
         return [self._chunk(group, [places[n] for n in group]) for group in groups]
@@ -101,7 +125,12 @@ def minilm_folder() -> str:
 
 
 def load_features(
-    texts: Iterable[str], cache: Path, model: str = "", n_upper: int = 3, max_length: int = 64
+    texts: Iterable[str],
+    cache: Path,
+    model: str = "",
+    n_upper: int = 3,
+    max_length: int = 64,
+    feed_forward: bool = False,
 ) -> Features:
     """The features of `texts`, from `cache` if they are there.
 
@@ -111,6 +140,7 @@ def load_features(
         model: folder or Hub id of an encoder laid out as BERT is (`embeddings`, `encoder.layer`); empty for MiniLM.
         n_upper: how many of its last layers are adapted; 0 for all.
         max_length: longest text in tokens; the rest is cut off.
+        feed_forward: of the last layer only the feed-forward half is adapted, and nothing of the others.
 
     Raises:
         ValueError: the encoder has fewer layers than `n_upper`.
@@ -124,17 +154,20 @@ def load_features(
             f"`n_upper` must lie in [1, {len(layers)}], the layers of the encoder, or be 0, got {n_upper}."
         )
     n_upper = n_upper or len(layers)
-    upper = Upper(layers[len(layers) - n_upper :])
+    upper = FeedForward(layers[-1]) if feed_forward else Upper(layers[len(layers) - n_upper :])
     texts = sorted(set(texts))
     config = {key: value for key, value in encoder.config.to_dict().items() if not key.startswith("_")}
     weights = float(sum(p.double().abs().sum() for p in encoder.parameters()))
-    about = json.dumps([texts, config, weights, n_upper, max_length], sort_keys=True)
+    about = json.dumps([texts, config, weights, "half" if feed_forward else n_upper, max_length], sort_keys=True)
     fingerprint = hashlib.sha256(about.encode()).hexdigest()[:16]
     path = cache / f"features-{fingerprint}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # one worker writes, the others wait
         if not path.with_suffix(".npz").exists():
-            del layers[len(layers) - n_upper :]
+            if feed_forward:
+                layers[-1] = Attention(layers[-1])
+            else:
+                del layers[len(layers) - n_upper :]
             _write(path, texts, encoder, AutoTokenizer.from_pretrained(folder), max_length)
     starts = np.load(path.with_suffix(".npz"))["starts"]
     return Features(texts, starts, np.load(path.with_suffix(".npy"), mmap_mode="r"), upper, fingerprint)

@@ -17,7 +17,6 @@ from torch import nn
 import peft_poly
 from peft_poly.layer import PolyLayer
 
-from .encoder import Upper
 from .rates import Rates
 
 __all__ = ["Adapter", "Method", "build"]
@@ -84,7 +83,7 @@ class Adapter:
         return Adapter(self.method, copy.deepcopy(self.model), dict(self.task_id))
 
 
-def build(method: Method, scale: float, upper: Upper, names: list[str], seed: int) -> Adapter:
+def build(method: Method, scale: float, upper: nn.Module, names: list[str], seed: int) -> Adapter:
     """A copy of `upper` with the adapter of a method for the tasks `names`, its parameters drawn by `seed`."""
     torch.manual_seed(seed)
     task_id = {name: n for n, name in enumerate(names)}

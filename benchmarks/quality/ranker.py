@@ -34,11 +34,11 @@ def scores(
     return (cosines / TEMPERATURE).masked_fill(candidates < 0, -torch.inf), labels
 
 
-def embed(encode: Encode, features: Features, keys: list[tuple[int, int]]) -> torch.Tensor:
-    """Unit vectors `(n, d)` of `(text, task)` pairs: the mean over their tokens."""
+def embed(encode: Encode, features: Features, keys: list[tuple[int, int]], fewest: int = 1) -> torch.Tensor:
+    """Unit vectors `(n, d)` of `(text, task)` pairs: the mean over their tokens; `fewest` of them or more in a call."""
     tasks = torch.tensor([task for _, task in keys])
     found, order = [], []
-    for places, hidden, mask in features.chunks([text for text, _ in keys]):
+    for places, hidden, mask in features.chunks([text for text, _ in keys], fewest=fewest):
         states = encode(hidden, mask, tasks[places]) * mask.unsqueeze(-1)
         found.append(nn.functional.normalize(states.sum(1), dim=-1))  # the sum points where the mean does
         order.append(places)

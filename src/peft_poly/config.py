@@ -190,7 +190,8 @@ class PolyConfig(PeftConfig):
     ) -> PolyConfig:
         """The settings that did best in this project's benchmarks, for one kind of adapter.
 
-        Train the skills at 1e-3 to 3e-3; the router's rate is that of `effective_router_lr`.
+        Train the skills at 1e-3, or up to 3e-3 where a task has hundreds of rows; the router's rate is
+        `effective_router_lr`.
 
         Args:
             task_names: a name for each task.
