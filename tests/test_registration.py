@@ -310,3 +310,14 @@ def test_adapter_names_are_refused(door):
         ValueError, match="`adapter_names` is for LoRA; the rows of a task-routed adapter take `task_ids`"
     ):
         call(**inputs, adapter_names=["default"] * 3, task_ids=0)
+
+
+def test_a_transformers_that_wants_another_peft_says_what_else_to_call(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    model = t5()
+    with pytest.raises(
+        ValueError, match=r"wants PEFT 99\.0 .*`peft\.inject_adapter_in_model\(config, model\)`"
+    ) as caught:
+        model.add_adapter(poly("t5"))
+    assert "peft>=0.21" in str(caught.value)
+    peft.inject_adapter_in_model(poly("t5"), model)
