@@ -5,8 +5,8 @@ PEFT hands `task_ids` on for its own Poly only, and its `generate` and plain `Pe
 `task_ids` out of the call and enters the tuner's context with them; every other model passes straight through. The
 saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`; so are
 `load_adapter`, for the check of names in `loading.py`, the making of a model, for a warning that PEFT causes,
-transformers' `Trainer`, for the lessons of `trainer.py`, its pipelines, for the steps of `pipelines.py`, and its check of
-PEFT's version, for a message that can be followed.
+transformers' `Trainer`, for the lessons of `trainer.py`, its pipelines, for the steps of `pipelines.py`, and its check
+of PEFT's version, for a message that can be followed.
 Wrapping keeps names and signatures, is marked, and is done once however often the package is imported or reloaded.
 """
 
