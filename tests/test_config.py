@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import numpy as np
@@ -269,4 +270,4 @@ def test_every_field_is_described_for_argument_parsers_and_readers():
     own = {f.name: f for f in dataclasses.fields(PolyConfig)}
     for name in own.keys() - {f.name for f in dataclasses.fields(PeftConfig)}:
         assert own[name].metadata["help"].endswith("."), name
-        assert f"\n        {name} (" in peft_poly.PolyConfig.__doc__, name
+        assert f"\n    {name} (" in inspect.getdoc(peft_poly.PolyConfig), name

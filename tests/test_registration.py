@@ -223,12 +223,12 @@ assert "transformers.trainer" not in sys.modules  # nor what it brings: who does
 model = peft.get_peft_model(tiny.llama(), peft_poly.PolyConfig(task_type="CAUSAL_LM", n_tasks=3))
 from transformers import Trainer, TrainingArguments  # only now
 
-methods = {name: getattr(Trainer, name) for name in ("_remove_unused_columns", "evaluation_loop")}
 row = {"input_ids": [3, 4], "labels": [3, 4], "task_ids": 2, "note": "of no use"}
 arguments = TrainingArguments(tempfile.mkdtemp(), report_to=[], use_cpu=True, dataloader_pin_memory=False)
 batch = next(iter(Trainer(model, arguments, train_dataset=[row]).get_train_dataloader()))
 print("late:", sorted(batch), batch["task_ids"].tolist())
-print("wrapped:", all(getattr(Trainer, name)._peft_poly_wraps is method for name, method in methods.items()))
+methods = [getattr(Trainer, name)._peft_poly_wraps for name in ("_remove_unused_columns", "evaluation_loop")]
+print("wrapped:", not any(hasattr(method, "_peft_poly_wraps") for method in methods))
 """
 
 
@@ -310,3 +310,14 @@ def test_adapter_names_are_refused(door):
         ValueError, match="`adapter_names` is for LoRA; the rows of a task-routed adapter take `task_ids`"
     ):
         call(**inputs, adapter_names=["default"] * 3, task_ids=0)
+
+
+def test_a_transformers_that_wants_another_peft_says_what_else_to_call(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    model = t5()
+    with pytest.raises(
+        ValueError, match=r"wants PEFT 99\.0 .*`peft\.inject_adapter_in_model\(config, model\)`"
+    ) as caught:
+        model.add_adapter(poly("t5"))
+    assert "peft>=0.21" in str(caught.value)
+    peft.inject_adapter_in_model(poly("t5"), model)

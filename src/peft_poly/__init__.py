@@ -23,7 +23,7 @@ from .training.metrics import PerTaskMetrics  # noqa: E402
 from .training.optimizer import create_poly_optimizer  # noqa: E402
 from .training.sampling import TaskSampler, TaskSamplingMixin  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DataCollatorWithTaskIds",

@@ -5,8 +5,8 @@ PEFT hands `task_ids` on for its own Poly only, and its `generate` and plain `Pe
 `task_ids` out of the call and enters the tuner's context with them; every other model passes straight through. The
 saving methods are wrapped in the same way, for the atomic save and the model card of `saving.py`; so are
 `load_adapter`, for the check of names in `loading.py`, the making of a model, for a warning that PEFT causes,
-transformers' `Trainer`, for the lessons of `trainer.py`, and
-its pipelines, for the steps of `pipelines.py`.
+transformers' `Trainer`, for the lessons of `trainer.py`, its pipelines, for the steps of `pipelines.py`, and its check
+of PEFT's version, for a message that can be followed.
 Wrapping keeps names and signatures, is marked, and is done once however often the package is imported or reloaded.
 """
 
@@ -17,9 +17,9 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
 from typing import Any, Optional
 
-import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.optimizers.lorafa import LoraFAOptimizer
@@ -27,8 +27,11 @@ from peft.peft_model import PeftModel
 from peft.utils import PeftType, register_peft_method
 from torch.utils import checkpoint
 from transformers import GenerationMixin
+from transformers import __version__ as transformers_version
+from transformers.integrations import peft as transformers_door
 
 from .checkpoints import loading, saving
+from .compat import PEFT_VERSIONS
 from .config import PolyConfig
 from .model import PASSED, PolyModel, tuner_of
 from .pipelines import STEPS
@@ -42,6 +45,7 @@ __all__ = ["register"]
 
 MARK = "_peft_poly_wraps"
 NAME = "peft_poly"
+TRAINER = "transformers.trainer"
 
 
 def register() -> None:
@@ -66,10 +70,13 @@ def register() -> None:
     _wrap(PeftModel, "save_pretrained", _for_poly(saving.save_pretrained))
     _wrap(PeftModel, "push_to_hub", _for_poly(saving.push_to_hub))
     _wrap(PeftModel, "create_or_update_model_card", _for_poly(saving.create_or_update_model_card))
-    _wrap(PeftModel, "get_base_model", _asked_for_base)
-    _wrap(PeftModel, "add_adapter", _asked_for_base)
     _wrap(LoraFAOptimizer, "__init__", _without_poly)
-    _teach_trainer()
+    _wrap(transformers_door, "check_peft_version", _saying_what_to_do)
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != _TrainerIsImported.__name__]
+    if TRAINER in sys.modules:
+        _teach_trainer(sys.modules[TRAINER])
+    else:
+        sys.meta_path.insert(0, _TrainerIsImported())
 
 
 def _wrap(cls: Any, name: str, make: Callable[[Callable], Callable]) -> None:
@@ -173,32 +180,47 @@ def _without_an_old_name(method: Callable) -> Callable:
     return wrapper
 
 
-def _asked_for_base(method: Callable) -> Callable:
-    """A `Trainer` asks for the base model when it is made, TRL's for a reference before: now it can be taught."""
+def _saying_what_to_do(check: Callable) -> Callable:
+    """transformers 5.24 asks for a PEFT that there is not in its own `add_adapter`, `set_adapter` and the like."""
 
-    @functools.wraps(method)
-    def wrapper(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and tuner_of(self) is not None and not _is_taught():
-            _teach_trainer()
-        return method(self, *args, **kwargs)
+    @functools.wraps(check)
+    def wrapper(min_version: str) -> None:
+        try:
+            check(min_version)
+        except ValueError as error:
+            raise ValueError(
+                f"transformers {transformers_version} wants PEFT {min_version} for its own `model.add_adapter`, "
+                f"`set_adapter` and the like, and peft_poly works with {PEFT_VERSIONS}. Call "
+                "`peft.get_peft_model(model, config)`, or `peft.inject_adapter_in_model(config, model)`, which puts "
+                "the same layers in; or run: pip install 'transformers<5.24'"
+            ) from error
 
     return wrapper
 
 
-def _trainer() -> Any:
-    # Not imported here: it brings `datasets` and more with it, which those who do not train can do without.
-    return getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+class _TrainerIsImported(MetaPathFinder):
+    """Teaches transformers' `Trainer` when somebody imports it: it brings `datasets` and more, which not all need."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """Let the other finders find the module of the `Trainer`, and teach it once it is loaded."""
+        if fullname != TRAINER:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_teach(module: Any) -> None:
+                load(module)
+                _teach_trainer(module)
+
+            spec.loader.exec_module = load_and_teach  # type: ignore[method-assign]
+        return spec
 
 
-def _is_taught() -> bool:
-    trainer = _trainer()
-    return trainer is None or any(hasattr(vars(trainer).get(name), MARK) for name in LESSONS)
-
-
-def _teach_trainer() -> None:
-    trainer = _trainer()
-    for name, make in LESSONS.items() if trainer is not None else ():
-        _wrap(trainer, name, make)
+def _teach_trainer(module: Any) -> None:
+    for name, make in LESSONS.items():
+        _wrap(module.Trainer, name, make)
 
 
 def _for_poly(ours: Callable) -> Callable[[Callable], Callable]:

@@ -21,8 +21,10 @@ from ..checkpoints.loading import check_task_names, difference
 from ..config import PolyConfig
 from ..layer import PolyLayer
 from ..model import PolyModel, tuner_of
+from ..tasks.choosing import routed_layers
 from ..tasks.ids import resolve_task
-from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, check_columns, tasks_of
+from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, tasks_of
+from .columns import keep_task_columns
 from .labelled import counting_places, headed_config, smoothing_by_head, tell_labels
 from .metrics import PerTaskMetrics
 from .optimizer import poly_parameter_groups
@@ -52,23 +54,11 @@ def _keeping_columns(method: Callable) -> Callable:
             _check_hands_tasks_on(self, tuner, args[0] if args else None)
             _settle_noise(self, tuner)
             _check_rows_have_one_task(self, tuner, args[0] if args else None)
-            if self.args.remove_unused_columns:
-                self._set_signature_columns_if_needed()
-                ours = isinstance(self.data_collator, DataCollatorWithTaskIds)
-                if type(self.data_collator) is DataCollatorWithTaskIds and args:
-                    _check_has_tasks(args[0])
-                wanted = TASK_COLUMNS if ours else ("task_ids",)
-                self._signature_columns += [name for name in wanted if name not in self._signature_columns]
+        if tuner is not None or any(routed_layers(self.model)):
+            keep_task_columns(self, tuner, args[0] if args else None)
         return method(self, *args, **kwargs)
 
     return wrapper
-
-
-def _check_has_tasks(dataset: Any) -> None:
-    """While the data set has all of its columns: the batch would show only those that the model takes."""
-    names = getattr(dataset, "column_names", None)
-    if names and getattr(dataset, "format", {}).get("type") != "custom":  # a transform may make the column
-        check_columns(names)
 
 
 def _active_configs(tuner: PolyModel) -> dict[str, PolyConfig]:
