@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["D", "MAY_REFUSE", "PLAIN", "WAYS", "Net", "NetWithIds", "make_net"]
+__all__ = ["MAY_REFUSE", "MOVED", "PLAIN", "WAYS", "D", "Net", "NetWithIds", "make_net"]
 
 D = 8
 
@@ -72,11 +72,12 @@ WAYS = {
     "reentrant": reentrant,
     "nested": nested,
     "plain": lambda lin, x: lin(x),
-    "tied": lambda lin, x: lin(x),
+    "tied": lambda lin, x: lin(torch.tanh(lin(x))),
     "images": None,  # the layer sees images, of which a row may have none or several
     "table": None,  # and a table of positions
 }
 MAY_REFUSE = {"windows outside", "sorted", "picked", "one by one", "images"}
+MOVED = {"flattened", "sequence first", "windows"}  # followed exactly, where operations can be watched
 PLAIN = ["plain", "flattened", "sequence first", "windows", "table"]  # followed exactly, and computed once
 
 
@@ -108,17 +109,15 @@ class DisentangledSelfAttention(nn.Module):
 
 
 class Net(nn.Module):
-    """`(b, ..., D) -> (b, ..., D)`, with images `(n, D)` of rows `owners` beside it."""
+    """`(b, ..., D)`, or codes `(b, ...)`, to `(b, ..., D)`, with images `(n, D)` of rows `owners` beside it."""
 
     def __init__(self, hows: list[str]) -> None:
         super().__init__()
+        self.codes = nn.Embedding(16, D).requires_grad_(False)
         self.blocks = nn.ModuleList(DisentangledSelfAttention() if how == "table" else Block(how) for how in hows)
-        for before, how in enumerate(hows[1:]):
-            if how == "tied":
-                self.blocks[before + 1].lin = self.blocks[before].lin
 
-    def forward(self, inputs_embeds: torch.Tensor, pixel_values: Any = None, owners: Any = None) -> torch.Tensor:
-        x = inputs_embeds
+    def forward(self, input_ids: torch.Tensor, pixel_values: Any = None, owners: Any = None) -> torch.Tensor:
+        x = input_ids if input_ids.is_floating_point() else self.codes(input_ids)
         for block in self.blocks:
             y = block(x) if isinstance(block, DisentangledSelfAttention) else block(x, pixel_values, owners)
             x = torch.tanh(y) + 0.5 * x
@@ -128,9 +127,9 @@ class Net(nn.Module):
         """Its signature says that `generate` may double the rows."""
 
     @torch.no_grad()
-    def generate(self, inputs_embeds, num_beams=1, guidance_scale=None, ends=False, pixel_values=None, owners=None):
+    def generate(self, input_ids, num_beams=1, guidance_scale=None, ends=False, pixel_values=None, owners=None):
         """Two steps on rows that are repeated; the first row may have `ends` after one."""
-        x = inputs_embeds.repeat_interleave(num_beams, 0)
+        x = input_ids.repeat_interleave(num_beams, 0)
         if not guidance_scale:
             first = self(x)
             done = num_beams if ends else 0
@@ -148,8 +147,8 @@ class NetWithIds(Net):
         super().__init__(hows)
         self.offsets = nn.Parameter(torch.randn(16, D), requires_grad=False)
 
-    def forward(self, inputs_embeds, pixel_values=None, owners=None, task_ids=None) -> torch.Tensor:
-        x = inputs_embeds
+    def forward(self, input_ids, pixel_values=None, owners=None, task_ids=None) -> torch.Tensor:
+        x = input_ids if input_ids.is_floating_point() else self.codes(input_ids)
         if task_ids is not None:
             x = x + self.offsets[torch.as_tensor(task_ids)].view(len(x), *[1] * (x.dim() - 2), D)
         return super().forward(x, pixel_values, owners)

@@ -196,6 +196,6 @@ def test_an_own_generate_that_repeats_in_another_order_is_refused(how):
 def test_rows_that_leave_in_the_middle_are_not_mistaken_for_all_rows(beams):
     torch.manual_seed(0)
     model, x = two_tasks(Repeats(interleaved)), torch.tensor([[3, 4], [5, 6]])
-    with pytest.raises(ValueError, match="computes 2 of its 4 rows by themselves|has 2 entries but the input"):
+    with pytest.raises(ValueError, match=r"computes 2 of its 4 rows by themselves|has 2 entries but the input"):
         model.generate(x, num_beams=beams, ends=True, task_ids=IDS)
     assert len(model.generate(x, num_beams=beams, ends=True, task_ids="sst2")) == 2 * beams

@@ -105,8 +105,9 @@ def place_of_rows(layer: Followed, x: torch.Tensor, batch: TaskBatch, advice: st
         # and meanwhile only a shape that nothing but rows can have will do.
         if call is not None:
             call.kinds.discard(call.kind)
-        has_rows = x.dim() > 2 and x.shape[1] != n_rows and (call is None or not call.unclear)
-        dim = 0 if call is None or has_rows or _is_transformed(x) else LOST
+        flat = x.dim() == 2 and _is_transformed(x)  # what `torch.func` computes is not followed
+        has_rows = flat or (x.dim() > 2 and x.shape[1] != n_rows)
+        dim = 0 if call is None or (has_rows and not call.unclear) else LOST
     else:
         dim = layer.row_dim
     if dim == LOST:
