@@ -72,14 +72,16 @@ class Call:
         self.ids = [model.task_id(task) for task in tasks]
         generator = torch.Generator().manual_seed(seed)
         self.x = torch.randn(len(tasks), *shape, D, dtype=torch.float64, generator=generator)
-        if codes:
+        if codes and shape:  # of one dimension, they would not tell how many rows there are
             self.x = torch.randint(0, 16, (len(tasks), *shape), generator=generator)
         self.media: dict[str, torch.Tensor] = {}
         if any(getattr(block, "how", "") == "images" for block in model.get_base_model().blocks):
             owners = data.draw(st.lists(st.integers(0, len(tasks) - 1), min_size=1, max_size=4))
             images = torch.randn(len(owners), D, dtype=torch.float64, generator=generator)
             self.media = {"pixel_values": images, "owners": torch.tensor(owners)}
-        self.form = "tensor" if model.base_model.ids_position else data.draw(st.sampled_from(["names", "ids", "tensor"]))
+        self.form = (
+            "tensor" if model.base_model.ids_position else data.draw(st.sampled_from(["names", "ids", "tensor"]))
+        )
         self.given = {"names": tasks, "ids": self.ids, "tensor": torch.tensor(self.ids)}[self.form]
 
     def alone(self, passed: bool, **generate: Any) -> torch.Tensor:
@@ -246,7 +248,7 @@ def lived(model: peft.PeftModel, step: str, seed: int, data: Any) -> peft.PeftMo
     elif step == "save":
         folder = os.path.join(os.environ["FUZZ_FOLDER"], str(seed))
         model.save_pretrained(folder)
-        base = naive_merge(model.get_base_model(), 0, adapters=())
+        base = copy.deepcopy(model).unload()
         model = peft.PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).double().eval()
     return model
 
