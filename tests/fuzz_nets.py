@@ -77,7 +77,7 @@ WAYS = {
     "table": None,  # and a table of positions
 }
 MAY_REFUSE = {"windows outside", "sorted", "picked", "one by one", "images"}
-MOVED = {"flattened", "sequence first", "windows"}  # followed exactly, where operations can be watched
+MOVED = {"flattened", "sequence first", "windows", "table"}  # followed exactly, where operations can be watched
 PLAIN = ["plain", "flattened", "sequence first", "windows", "table"]  # followed exactly, and computed once
 
 

@@ -217,6 +217,22 @@ def test_a_table_of_positions_is_computed_for_each_task(share, rows):
     same_as_alone(lambda x, task_ids: model(input_ids=x, task_ids=task_ids).logits, (IDS * 4)[:rows], tokens(rows, 8))
 
 
+def test_a_trace_of_a_table_of_positions_is_refused_for_it_would_keep_the_tasks():
+    torch.manual_seed(0)
+    model = two_tasks(deberta(), target_modules=["query_proj"])
+
+    class Traced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=x, task_ids=ids).logits
+
+    with torch.no_grad(), pytest.raises(ValueError, match="a trace, or `torch.func`, cannot follow"):
+        torch.jit.trace(Traced(), (tokens(2, 8), torch.tensor([0, 1])), check_trace=False)
+
+
 def test_a_table_of_positions_in_training():
     torch.manual_seed(0)
     model = two_tasks(deberta(), target_modules=["query_proj", "value_proj"], router_noise=False)
