@@ -105,7 +105,7 @@ class Call:
         """Whether several tasks and a layer whose rows cannot be known; or where they are not followed."""
         ways = {getattr(block, "how", "table") for block in self.model.get_base_model().blocks}
         lost = {*MAY_REFUSE, *MOVED} if but_for_numbers else MAY_REFUSE
-        return len(set(self.ids)) > 1 and bool(ways & lost)
+        return (but_for_numbers or len(set(self.ids)) > 1) and bool(ways & lost)
 
 
 def or_refused(do: Callable[[], torch.Tensor]) -> torch.Tensor | str:

@@ -229,7 +229,7 @@ def test_a_trace_of_a_table_of_positions_is_refused_for_it_would_keep_the_tasks(
         def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             return self.model(input_ids=x, task_ids=ids).logits
 
-    with torch.no_grad(), pytest.raises(ValueError, match="a trace, or `torch.func`, cannot follow"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"a trace, or `torch\.func`, cannot follow"):
         torch.jit.trace(Traced(), (tokens(2, 8), torch.tensor([0, 1])), check_trace=False)
 
 

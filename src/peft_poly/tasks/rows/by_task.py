@@ -45,9 +45,9 @@ def _by_task(forward: Callable) -> Callable:
             return forward(self, *args, **kwargs)
         if any(map(is_symbolic, batch.ids.values())):
             raise ValueError(
-                f"{type(self).__name__} computes several tasks one after the other, and a trace, or `torch.func`, cannot "
-                "follow which rows have which. Give the call one task by its name or number, or leave the layers out "
-                "with `exclude_modules`."
+                f"{type(self).__name__} computes several tasks one after the other, and a trace, or `torch.func`, "
+                "cannot follow which rows have which. Give the call one task by its name or number, or leave its "
+                "layers out with `exclude_modules`."
             )
         parts, order = [], []
         for rows, of_task in batch.by_task():
