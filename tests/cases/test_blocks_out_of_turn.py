@@ -162,3 +162,27 @@ def test_a_compiled_call_in_a_coroutines_block_is_refused(model):
 
     with pytest.raises(Exception, match=r"coroutine or a generator|Observed exception"):
         asyncio.run(request())
+
+
+def test_a_block_that_a_managers_aenter_enters_belongs_to_whoever_entered_it(model, which):
+    class Block:
+        def __init__(self, task: str) -> None:
+            self.block = model.use_task(task)
+
+        async def __aenter__(self) -> None:
+            self.block.__enter__()
+
+        async def __aexit__(self, *error) -> None:
+            self.block.__exit__(*error)
+
+    async def request(task: str) -> tuple[str, str]:
+        async with Block(task):
+            await asyncio.sleep(0)
+            inside = which()
+        return inside, which()
+
+    async def main() -> list[tuple[str, str]]:
+        return await asyncio.gather(request("rte"), request("sst2"))
+
+    model.set_task("rte")
+    assert asyncio.run(main()) == [("rte", "rte"), ("sst2", "rte")]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from rows_alone import TASKS, two_tasks
 from tiny import llama
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from peft_poly import use_task
 
@@ -74,6 +77,29 @@ def test_gradients_are_bit_equal_to_those_without_checkpointing(step, use_reentr
     assert wanted.keys() == got.keys()
     for name, gradient in wanted.items():
         assert torch.equal(got[name], gradient), name
+
+
+def test_checkpointing_that_keeps_the_products_has_the_same_gradients():
+    """torch's selective checkpointing refuses what writes into a result that it keeps."""
+
+    def policy(ctx, operation, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if "mm" in str(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    model = two_tasks(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), target_modules=["0", "2"]).train()
+    inner, x = model.get_base_model(), torch.randn(2, 3, 8)
+
+    def gradients(keeps: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(0)
+        with model.use_task(TASKS):
+            kept = {"use_reentrant": False, "context_fn": contexts}
+            y = checkpoint(inner, checkpoint(inner, x, **kept), **kept) if keeps else inner(inner(x))
+        y.pow(2).sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    for wanted, got in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 class Again(torch.autograd.Function):

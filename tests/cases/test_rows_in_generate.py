@@ -148,3 +148,54 @@ def test_continuous_batching_takes_the_set_task_only():
         model.generate_batch(prompts)
     with pytest.raises(ValueError, match="set_task"):
         model.generate_batch(prompts)
+
+
+class Repeats(nn.Module):
+    """An own `generate` that repeats its rows in its own way."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.emb, self.lin, self.how = nn.Embedding(61, 8), nn.Linear(8, 8), how
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.lin(self.emb(input_ids))
+
+    def generate(self, input_ids: torch.Tensor, num_beams: int, ends: bool = False) -> torch.Tensor:
+        x = self.how(input_ids, num_beams)
+        out = self(x)
+        if ends:  # the first row has ended
+            return torch.cat([out[:num_beams], self(x[num_beams:])])
+        beams = torch.arange(len(x)).view(-1, num_beams).flip(1).flatten()
+        return out + 0 * self(x[beams])
+
+
+def interleaved(x, k):
+    return x.repeat_interleave(k, 0)
+
+
+@pytest.mark.parametrize("how", [interleaved, lambda x, k: x[:, None].expand(-1, k, -1).reshape(-1, x.shape[1])])
+def test_an_own_generate_that_repeats_as_transformers_does_is_followed(how):
+    torch.manual_seed(0)
+    model = two_tasks(Repeats(how))
+    same_as_alone(
+        lambda x, task_ids: model.generate(x, num_beams=2, task_ids=task_ids)[::2], IDS, torch.tensor([[3, 4], [5, 6]])
+    )
+
+
+@pytest.mark.parametrize("how", [lambda x, k: x.repeat(k, 1), lambda x, k: torch.cat([x] * k)])
+def test_an_own_generate_that_repeats_in_another_order_is_refused(how):
+    torch.manual_seed(0)
+    model, x = two_tasks(Repeats(how)), torch.tensor([[3, 4], [5, 6]])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="This `generate` is Repeats's own, and the rows"):
+            model.generate(x, num_beams=2, task_ids=IDS)
+    assert len(model.generate(x, num_beams=2, task_ids="rte")) == 4
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_rows_that_leave_in_the_middle_are_not_mistaken_for_all_rows(beams):
+    torch.manual_seed(0)
+    model, x = two_tasks(Repeats(interleaved)), torch.tensor([[3, 4], [5, 6]])
+    with pytest.raises(ValueError, match=r"computes 2 of its 4 rows by themselves|has 2 entries but the input"):
+        model.generate(x, num_beams=beams, ends=True, task_ids=IDS)
+    assert len(model.generate(x, num_beams=beams, ends=True, task_ids="sst2")) == 2 * beams

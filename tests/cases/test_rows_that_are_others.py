@@ -217,6 +217,22 @@ def test_a_table_of_positions_is_computed_for_each_task(share, rows):
     same_as_alone(lambda x, task_ids: model(input_ids=x, task_ids=task_ids).logits, (IDS * 4)[:rows], tokens(rows, 8))
 
 
+def test_a_trace_of_a_table_of_positions_is_refused_for_it_would_keep_the_tasks():
+    torch.manual_seed(0)
+    model = two_tasks(deberta(), target_modules=["query_proj"])
+
+    class Traced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=x, task_ids=ids).logits
+
+    with torch.no_grad(), pytest.raises(ValueError, match=r"a trace, or `torch\.func`, cannot follow"):
+        torch.jit.trace(Traced(), (tokens(2, 8), torch.tensor([0, 1])), check_trace=False)
+
+
 def test_a_table_of_positions_in_training():
     torch.manual_seed(0)
     model = two_tasks(deberta(), target_modules=["query_proj", "value_proj"], router_noise=False)
@@ -242,3 +258,140 @@ def test_rows_that_a_wrapper_sorts_are_not_seen_but_another_number_of_them_is():
         pytest.raises(ValueError, match=r"has 2 entries but the input of .* has 4 rows"),
     ):
         model(input_ids=tokens(4, 5))
+
+
+class Left(nn.Module):
+    """Its second layer is left out at random in training, as `layerdrop` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lin0, self.lin1, self.left_out = nn.Embedding(61, 8), nn.Linear(8, 8), nn.Linear(8, 8), True
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.lin0(self.emb(input_ids).transpose(0, 1))
+        return (hidden if self.left_out else self.lin1(hidden)).transpose(0, 1)
+
+
+def test_a_layer_that_was_left_out_of_the_first_call_is_never_guessed_and_learnt_in_the_next():
+    torch.manual_seed(0)
+    model = two_tasks(Left())
+    with torch.no_grad():
+        model(tokens(4, 4), task_ids=IDS)
+        model.get_base_model().left_out = False
+        with pytest.raises(ValueError, match="its rows are not the 4 rows of this call"):
+            model(tokens(4, 4), task_ids=IDS)
+    same_as_alone(lambda x, task_ids: model(x, task_ids=task_ids), IDS, tokens(4, 4))
+
+
+# ----------------------------------------------------------------------------------------------- rows in another order
+class Moves(nn.Module):
+    """Computes with its rows in another order, and puts them back."""
+
+    def __init__(self, move, back) -> None:
+        super().__init__()
+        self.emb, self.lin, self.move, self.back = nn.Embedding(61, 8), nn.Linear(8, 8), move, back
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.emb(input_ids)
+        order = hidden.sum((1, 2)).argsort()
+        return self.back(self.lin(self.move(hidden, order)), order)
+
+
+def written(into, order, x):
+    into[order] = x
+    return into
+
+
+def one_hot(order):
+    return nn.functional.one_hot(order, len(order)).float()
+
+
+def taken(x, order):
+    return x[order]
+
+
+MOVES = {
+    "index": (lambda x, order: x[order], lambda x, order: x[order.argsort()]),
+    "select": (lambda x, order: x.index_select(0, order), lambda x, order: x.index_select(0, order.argsort())),
+    "gather": (
+        lambda x, order: x.gather(0, order[:, None, None].expand_as(x)),
+        lambda x, order: x[order.argsort()],
+    ),
+    "flip": (lambda x, order: x.flip(0), lambda x, order: x.flip(0)),
+    "roll": (lambda x, order: x.roll(1, 0), lambda x, order: x.roll(-1, 0)),
+    "cat": (lambda x, order: torch.cat([x[1:], x[:1]]), lambda x, order: x.roll(1, 0)),
+    "write to new": (lambda x, order: written(torch.empty_like(x), order, x), taken),
+    "write to old": (lambda x, order: written(x.clone(), order, x), taken),
+    "index_copy": (lambda x, order: torch.zeros_like(x).index_copy(0, order, x), taken),
+    "product": (
+        lambda x, order: (one_hot(order) @ x.flatten(1)).view_as(x),
+        lambda x, order: (one_hot(order).T @ x.flatten(1)).view_as(x),
+    ),
+    "einsum": (
+        lambda x, order: torch.einsum("ij,jld->ild", one_hot(order), x),
+        lambda x, order: torch.einsum("ji,jld->ild", one_hot(order), x),
+    ),
+    "two views": (lambda x, order: torch.cat([x, x]), lambda x, order: x[: len(order)]),
+    "tiles": (lambda x, order: x.repeat(2, 1, 1), lambda x, order: x[: len(order)]),
+}
+
+
+@pytest.mark.parametrize("length", [4, 5])
+@pytest.mark.parametrize("how", MOVES)
+def test_rows_that_were_moved_are_refused(how, length):
+    torch.manual_seed(0)
+    model = two_tasks(Moves(*MOVES[how]))
+    x = tokens(4, length)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(ValueError, match="its rows are not the 4 rows of this call"):
+            model(x, task_ids=IDS)
+    alone = torch.cat([model(x[row : row + 1], task_ids="rte") for row in range(4)])
+    torch.testing.assert_close(model(x, task_ids="rte"), alone, atol=1e-5, rtol=1e-5)
+
+
+class Switches(nn.Module):
+    """Another layout for long inputs, or where a flag says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lin = nn.Embedding(61, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: torch.Tensor, turned: bool = False, layout: str = "rows") -> torch.Tensor:
+        hidden = self.emb(input_ids)
+        if turned or layout == "length" or input_ids.shape[1] >= 4:
+            return self.lin(hidden.transpose(0, 1)).transpose(0, 1)
+        return self.lin(hidden)
+
+
+@pytest.mark.parametrize("later", [{"turned": True}, {"layout": "length"}, {}], ids=["flag", "word", "length"])
+def test_a_layout_that_changes_from_call_to_call_is_never_wrong(later):
+    torch.manual_seed(0)
+    model = two_tasks(Switches())
+
+    def call(x: torch.Tensor, task_ids, **given) -> torch.Tensor:
+        return model(input_ids=x, task_ids=task_ids, **given)
+
+    first = {key: type(value)() for key, value in later.items()}
+    short, x = tokens(4, 2), tokens(4, 4)
+    same_as_alone(lambda x, task_ids: call(x, task_ids, **first), IDS, short)
+    alone = torch.cat([call(x[row : row + 1], task, **later) for row, task in enumerate(IDS)])
+    torch.testing.assert_close(call(x, IDS, **later), alone, atol=1e-5, rtol=1e-5)  # this very call is followed
+    with pytest.raises(ValueError, match="its rows are not the 4 rows of this call"):
+        call(x, IDS, **later)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 8), (5, 8)])
+def test_a_list_of_a_tensor_for_each_row_is_not_taken_for_tensors_of_all_rows(shape):
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, parts: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack([self.lin(part).flatten(0, -2).mean(0) for part in parts])
+
+    torch.manual_seed(0)
+    model, parts = two_tasks(Bag()), [torch.randn(2, *shape), torch.randn(2, *shape)]
+    with pytest.raises(ValueError, match=REFUSED):
+        model(parts, task_ids=["rte", "sst2"])
+    torch.testing.assert_close(model(parts, task_ids="rte")[1:], model(parts[1:], task_ids="rte"))

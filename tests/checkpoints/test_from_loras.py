@@ -153,6 +153,11 @@ def test_equal_heads_are_kept(tmp_path):
             assert load_file(f"{folder}/adapter_model.safetensors")["base_model.model.classifier.weight"].eq(0.25).all()
         model = make_one_hot(from_loras(copy.deepcopy(base), loras))
     check_equal_to_loras(model, base, loras, CASES["bert"].inputs())
+    with model.disable_adapter():  # the heads came to the adapter, and not to the base model
+        torch.testing.assert_close(outputs(model, CASES["bert"].inputs()), outputs(base, CASES["bert"].inputs()))
+    saved = peft.get_peft_model_state_dict(model)
+    assert saved["base_model.model.classifier.weight"].eq(0.25).all()
+    assert torch.equal(saved["base_model.model.classifier.bias"], base.classifier.bias)
 
 
 def test_it_can_be_saved_loaded_and_trained(tmp_path):
@@ -212,7 +217,7 @@ def test_the_deviation_from_the_lora_is_bounded_by_what_the_others_weigh(own_wei
 
 # ------------------------------------------------------------------------------------------------- refusals
 def state_of(base):
-    return [(name, parameter.requires_grad, type(parameter)) for name, parameter in base.named_parameters()]
+    return [(name, p.requires_grad, type(p), p.sum().item()) for name, p in base.named_parameters()]
 
 
 def check_refused(base, loras, message, **kwargs):

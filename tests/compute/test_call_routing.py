@@ -118,6 +118,34 @@ def test_routers_that_are_not_at_hand_are_left_to_their_layers():
         assert weights.of(layers[4].poly_router["default"], "default", tasks) is None  # not one of the model's
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("other", ["dtype", "shape", "temperature"])
+def test_routers_that_are_not_alike_are_worked_out_by_their_layers(other, gradients):
+    model = make_model(n_skills=2)
+    layers, tasks = layers_of(model), torch.tensor([0, 2])
+    router = layers[2].poly_router["default"]
+    if other == "dtype":
+        router.double()
+    elif other == "shape":
+        router.module_logits = torch.nn.Parameter(torch.randn(5, 2))
+    else:
+        router.temperature = 0.5
+    batch = TaskBatch([0, 2], {"default": tasks}, {"default": False})
+    with torch.set_grad_enabled(gradients):
+        routing = CallRouting(layers, ["default"], batch, n_rows=2)
+        for layer in layers:
+            own = layer.poly_router["default"]
+            share = routing.of(layer, "default", tasks, 2, own.module_logits)
+            found = routing.weights.of(own, "default", tasks)
+            for w in (None if share is None else share.w, found):
+                assert w is None or torch.allclose(w.double(), own(tasks).double())
+        inputs = {name: value[:2] for name, value in CASES["llama"].inputs().items()}
+        mixed = model(**inputs, task_ids=[0, 2]).logits
+        for row, task in enumerate([0, 2]):
+            alone = model(**{name: value[row : row + 1] for name, value in inputs.items()}, task_ids=task).logits
+            torch.testing.assert_close(mixed[row : row + 1], alone)
+
+
 def test_no_more_kinds_are_held_than_a_call_can_have():
     layer = layers_of(make_model())[0]
     weights, kinds = CallWeights([layer]), [torch.tensor([i % 3]) for i in range(KINDS + 1)]

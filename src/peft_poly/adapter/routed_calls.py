@@ -13,6 +13,7 @@ from ..layer import Linear, PolyLayer
 from ..tasks.batch import generation, how_rows_repeat, kept_in_generation
 from ..tasks.context import TaskContext
 from ..tasks.ids import TaskIds, rows_of_call
+from ..tasks.rows.calls import follow_own_generate
 from ..tasks.transforms import is_transformed
 from .labelled.heads import TaskHeads
 
@@ -88,7 +89,11 @@ class RoutedCalls(_Tuner):
         Raises:
             ValueError: as `routed`.
         """
-        with generation(*how_rows_repeat(self.model, kwargs)), self.routed(args, kwargs, task_ids):
+        with (
+            generation(*how_rows_repeat(self.model, kwargs)),
+            self.routed(args, kwargs, task_ids),
+            follow_own_generate(self.model, self.task_context, args, kwargs),
+        ):
             yield
 
     @contextmanager

@@ -9,6 +9,7 @@ PEFT loads the LoRAs, so what they compute (scales, patterns, names of layers) i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -155,16 +156,21 @@ def _saved_modules(configs: dict[str, LoraConfig], weights: dict[str, Tensors]) 
 # ------------------------------------------------------------------------------------------------- reading the LoRAs
 @contextmanager
 def _loaded(base_model: nn.Module, configs: dict[str, LoraConfig], weights: dict[str, Tensors]) -> Iterator[PeftModel]:
-    """The base model with all LoRAs on it, under the names that `_adapter` gives; taken off again afterwards."""
+    """The base model with the pairs of all LoRAs on it, under the names that `_adapter` gives; taken off afterwards.
+
+    Without their `modules_to_save`, which PEFT would leave in the place of the base model's own.
+    """
     trainable = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
     model = None
     try:
-        for index, (name, config) in enumerate(configs.items()):
+        for index, (name, of_lora) in enumerate(configs.items()):
+            config = copy.copy(of_lora)
+            config.modules_to_save = None
             if model is None:
                 model = PeftModel(base_model, config, adapter_name=_adapter(index))
             else:
                 model.add_adapter(_adapter(index), config)
-            _load(model, name, _adapter(index), weights[name])
+            _load(model, name, _adapter(index), {key: t for key, t in weights[name].items() if "lora_" in key})
         assert model is not None
         yield model
     finally:

@@ -40,6 +40,8 @@ class Generation:
         self.repeats, self.doubled = repeats, doubled
         self.kept: dict[Any, Any] = {} if outer is None else outer.kept
         self.n_rows: Optional[int] = None  # of the parts of this one, which must stay the same
+        self.repeated: set[int] = set()  # modules, by id, that were called with the rows as it repeats them
+        self.following: Any = None  # what has followed its rows from the start, where it is not transformers' own
 
 
 def how_rows_repeat(model: Any, kwargs: dict[str, Any]) -> tuple[int, bool]:

@@ -90,11 +90,12 @@ def runs(frame: FrameType) -> bool:
 def owner_of_block() -> Optional[FrameType]:
     """The frame of the coroutine or generator that a block which is being entered belongs to; None if to none.
 
-    A generator that `contextlib` has made a context manager of is no owner: whoever enters it is.
+    A generator that `contextlib` has made a context manager of is no owner, nor is `__aenter__`: whoever enters it is.
     """
     frame: Optional[FrameType] = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_flags & SUSPENDED and frame.f_code.co_filename != contextlib.__file__:
+        enters = frame.f_code.co_filename == contextlib.__file__ or frame.f_code.co_name == "__aenter__"
+        if frame.f_code.co_flags & SUSPENDED and not enters:
             driver = frame.f_back
             if driver is None or driver.f_code.co_filename != contextlib.__file__:
                 return frame

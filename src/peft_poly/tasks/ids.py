@@ -88,7 +88,8 @@ def resolve_tasks(
             "name for all rows."
         )
     if is_symbolic(ids):  # torch.func has many at once, a trace has no numbers; the look-up in the router checks them
-        return ids, one_for_all
+        traced = torch._C._get_tracing_state() is not None  # which may be called with more rows than one
+        return ids, one_for_all or (ids.shape[0] == 1 and not traced)
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
         torch._assert_async(
             ((ids >= 0) & (ids < config.n_tasks)).all(), f"task ids must lie in [0, {config.n_tasks - 1}]"

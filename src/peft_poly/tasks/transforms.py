@@ -1,14 +1,22 @@
-"""What looks at operations one by one: `torch.func`, forward-mode derivatives, `torch.jit.trace`.
+"""What looks at operations one by one: `torch.func`, forward-mode derivatives, `torch.jit.trace`, checkpointing that
+keeps what some of them return.
 
 Custom autograd nodes, writing in place and reading numbers are not for them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = ["is_symbolic", "is_transformed"]
+
+
+# Of `create_selective_checkpoint_contexts`: the one keeps, in the forward, the other gives back.
+SELECTIVE = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
 
 
 def is_transformed() -> bool:
@@ -17,7 +25,12 @@ def is_transformed() -> bool:
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or (torch._C._len_torch_dispatch_stack() > 0 and any(map(_keeps_some, _get_current_dispatch_mode_stack())))
     )
+
+
+def _keeps_some(mode: Any) -> bool:
+    return type(mode).__name__ in SELECTIVE
 
 
 def is_symbolic(ids: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..batch import TaskBatch
 from ..choosing import task_contexts
+from ..transforms import is_symbolic
 
 __all__ = ["let_attention_compute_by_task"]
 
@@ -42,6 +43,12 @@ def _by_task(forward: Callable) -> Callable:
         given = signature.bind(self, *args, **kwargs).arguments
         if batch is None or not batch.mixed or given["hidden_states"].shape[0] != batch.n_rows:
             return forward(self, *args, **kwargs)
+        if any(map(is_symbolic, batch.ids.values())):
+            raise ValueError(
+                f"{type(self).__name__} computes several tasks one after the other, and a trace, or `torch.func`, "
+                "cannot follow which rows have which. Give the call one task by its name or number, or leave its "
+                "layers out with `exclude_modules`."
+            )
         parts, order = [], []
         for rows, of_task in batch.by_task():
             index = torch.tensor(rows, device=given["hidden_states"].device)

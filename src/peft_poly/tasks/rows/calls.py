@@ -8,19 +8,21 @@ kind is followed (`following.py`), and each layer keeps what came out.
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Optional, Protocol, Union
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from transformers import GenerationMixin
 
-from ..batch import TaskBatch, current_generation, wrong_rows_message
+from ..batch import TaskBatch, current_generation, rows_left_message, wrong_rows_message
 from ..context import TaskContext
 from ..ids import ROW_ARGUMENTS, rows_of_call
 from .following import Following
 
-__all__ = ["LOST", "follow_calls", "place_of_rows", "stop_following"]
+__all__ = ["LOST", "follow_calls", "follow_own_generate", "place_of_rows", "stop_following"]
 
 LOST = -1  # the place of rows in a layer that does not have them, or not in one dimension
 ADVICE = "Let each call have one task, or leave the layer out with `exclude_modules` in PolyConfig."
@@ -55,6 +57,30 @@ def stop_following(model: nn.Module) -> None:
                         flags.pop(key, None)
 
 
+@contextmanager
+def follow_own_generate(model: nn.Module, context: TaskContext, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Follow the rows of a model's own `generate` from the start, once: it may repeat them in any order.
+
+    Args:
+        model: the model.
+        context: that of its layers.
+        args: positional arguments of `generate`.
+        kwargs: its keyword arguments.
+    """
+    batch, now, kinds = context.current(), current_generation(), context.known_calls.setdefault(model, set())
+    is_own = getattr(type(model), "generate", None) is not GenerationMixin.generate
+    if not is_own or now is None or now.repeats == 1 or batch is None or not batch.mixed or "generate" in kinds:
+        yield
+        return
+    now.following = Following(batch.n_rows)
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor):
+            now.following.start(leaf)
+    with now.following:
+        yield
+    kinds.add("generate")
+
+
 def place_of_rows(layer: Followed, x: torch.Tensor, batch: TaskBatch, advice: str = ADVICE) -> tuple[int, TaskBatch]:
     """The dimension of `x` that has the rows of a mixed batch, and the batch with as many rows as it.
 
@@ -75,8 +101,13 @@ def place_of_rows(layer: Followed, x: torch.Tensor, batch: TaskBatch, advice: st
             layer.row_dim = dim if layer.row_dim == dim or not layer.rows_known else LOST
             layer.rows_known = True
     elif not torch.compiler.is_compiling() and not layer.rows_known:
-        # Not seen in the call that was followed: only a shape that nothing but rows can have will do.
-        dim = 0 if call is None or (x.dim() > 2 and x.shape[1] != n_rows) or _is_transformed(x) else LOST
+        # Left out of the call that was followed, as some are at random in training: the next one is followed again,
+        # and meanwhile only a shape that nothing but rows can have will do.
+        if call is not None:
+            call.kinds.discard(call.kind)
+        flat = x.dim() == 2 and _is_transformed(x)  # what `torch.func` computes is not followed
+        has_rows = flat or (x.dim() > 2 and x.shape[1] != n_rows)
+        dim = 0 if call is None or (has_rows and not call.unclear) else LOST
     else:
         dim = layer.row_dim
     if dim == LOST:
@@ -94,6 +125,9 @@ class _Call:
         self.module, self.under, self.depth = module, entry, 1
         self.stack = ExitStack()
         self.following: Optional[Following] = None
+        self.kinds: set[Any] = set()  # of calls of this module that were followed
+        self.kind: Any = None  # of this call
+        self.unclear = False  # an argument is as many tensors as there are rows: one for each, or each of them all
 
 
 class _Entering:
@@ -117,7 +151,7 @@ class _Entering:
             return
         n_rows, told = rows_of_call(args, kwargs)
         call = _Call(module, entry)
-        record = _record_of_call(batch, n_rows, type(module).__name__)
+        record = _record_of_call(batch, n_rows, module, kwargs.get(told) if isinstance(told, str) else args[:1])
         local.call = call
         assert entry is not None
         call.stack.enter_context(self.context.use(record, entry.routing))
@@ -126,22 +160,26 @@ class _Entering:
     def _follow(
         self, call: _Call, record: TaskBatch, args: tuple, kwargs: dict[str, Any], told: Union[str, int, None]
     ) -> None:
-        kinds = self.context.known_calls.setdefault(call.module, set())
-        kind = (call.module.training, len(args), frozenset(key for key, value in kwargs.items() if value is not None))
-        if kind in kinds or record.n_rows < 2 or any(map(_is_transformed, pytree.tree_leaves((args, kwargs)))):
+        call.kinds = self.context.known_calls.setdefault(call.module, set())
+        named = frozenset((name, _sort_of(value)) for name, value in kwargs.items() if value is not None)
+        call.kind = (call.module.training, *map(_sort_of, args), named)
+        transformed = any(map(_is_transformed, pytree.tree_leaves((args, kwargs))))
+        if call.kind in call.kinds or record.n_rows < 2 or transformed:
             return
         given = [(name, value) for name, value in [*enumerate(args), *kwargs.items()] if value is not None]
         of_rows = [name for name, _ in given if name == told or not (isinstance(name, str) and MEDIA.search(name))]
         following = Following(record.n_rows, alone=len(of_rows) == len(given))
         begun = False
         for name, value in given:
-            for leaf in pytree.tree_leaves(value) if name in of_rows else ():
+            unclear = type(value) in (list, tuple) and len(value) == record.n_rows and name in of_rows and name != told
+            call.unclear = call.unclear or unclear
+            for leaf in pytree.tree_leaves(value) if name in of_rows and not unclear else ():
                 has_some = isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] % record.n_rows == 0
                 if has_some and (leaf.shape[0] == record.n_rows or name in ROW_ARGUMENTS):
                     following.start(leaf)
                     begun = True
         if begun:
-            kinds.add(kind)
+            call.kinds.add(call.kind)
             call.following = following
             call.stack.enter_context(following)
 
@@ -163,22 +201,29 @@ class _Leaving:
                 call.stack.close()
 
 
-def _record_of_call(batch: TaskBatch, n_rows: Optional[int], name: str) -> TaskBatch:
+def _record_of_call(batch: TaskBatch, n_rows: Optional[int], module: nn.Module, told: Any) -> TaskBatch:
     """The tasks of the rows of a call: those said, or what the running `generate` makes of them.
 
     Raises:
-        ValueError: it has another number of rows.
+        ValueError: it has another number of rows, or them in another order.
     """
     n_tasks, now = batch.n_rows, current_generation()
-    if n_rows in (None, n_tasks):
+    if n_rows is None or (n_rows == n_tasks and (now is None or id(module) not in now.repeated)):
         return batch.of_call()
-    repeats = 1 if now is None else now.repeats
-    if now is not None and now.doubled and n_rows == 2 * n_tasks * repeats:
-        return batch.of_call(repeats, doubled=True)
-    if now is not None and not now.doubled and n_rows == n_tasks * repeats:
-        return batch.of_call(repeats)
-    assert n_rows is not None
-    raise ValueError(wrong_rows_message(n_tasks, n_rows, name))
+    if now is None or n_rows not in (n_tasks, n_tasks * now.repeats * (1 + now.doubled)):
+        raise ValueError(wrong_rows_message(n_tasks, n_rows, type(module).__name__))
+    if n_rows == n_tasks:
+        raise ValueError(rows_left_message(n_tasks * now.repeats * (1 + now.doubled), n_rows))
+    if now.following is not None and id(module) not in now.repeated and not now.doubled:
+        told = told if isinstance(told, torch.Tensor) else told[0]
+        if now.following.place(told) != (0, now.repeats):
+            raise ValueError(
+                f"This `generate` is {type(module).__name__}'s own, and the rows that it repeats do not follow one "
+                "another as those of transformers' do (each row, then its copies). With several tasks that cannot be "
+                "followed: call it with one task."
+            )
+    now.repeated.add(id(module))
+    return batch.of_call(now.repeats, now.doubled)
 
 
 def _unknown_rows_message(n_tasks: int, x: torch.Tensor, name: str, advice: str) -> str:
@@ -187,6 +232,13 @@ def _unknown_rows_message(n_tasks: int, x: torch.Tensor, name: str, advice: str)
         "which have several tasks: they are images, windows, tokens that were picked, or positions. Such a layer "
         f"serves one task at a time. {advice}"
     )
+
+
+def _sort_of(value: Any) -> Any:
+    """What of an argument may lead a model another way: a flag, or how many and, roughly, how large dimensions."""
+    if isinstance(value, torch.Tensor):
+        return tuple(int(size).bit_length() for size in value.shape[1:])
+    return value if isinstance(value, (bool, str)) else type(value)
 
 
 def _is_transformed(x: Any) -> bool:

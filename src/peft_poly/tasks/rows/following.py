@@ -24,7 +24,8 @@ Place = tuple[int, int]  # dimension of the rows, and how many entries of it eac
 LEFT = ("embedding",)  # operations that append dimensions; others put new ones in front
 FILLED = ("zeros", "ones", "full")
 MADE_ANEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
-PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "dot": (0, 1), "mv": (0, 1)}  # where the two factors are
+PRODUCTS = {"mm": 0, "addmm": 1, "dot": 0, "mv": 0, "bmm": 0, "baddbmm": 1}  # where the first of two factors is
+WRITES = ("index_put", "index_copy", "index_add", "index_reduce", "scatter", "scatter_add", "scatter_reduce")
 
 
 class Following(TorchDispatchMode):
@@ -41,15 +42,16 @@ class Following(TorchDispatchMode):
         self.n_rows, self.alone = n_rows, alone
         self._steps: dict[int, tuple[StorageWeakRef, int]] = {}  # by storage: bytes from row to row
         self._filled: set[int] = set()  # those storages that stem from no row
+        self._counted: dict[int, StorageWeakRef] = {}  # those of `arange`
 
     def start(self, tensor: torch.Tensor) -> None:
         """Note a tensor whose first dimension is that of the rows, or has some entries for each."""
         if tensor.dim() and tensor.shape[0] and tensor.shape[0] % self.n_rows == 0 and tensor.stride(0):
             self._note(tensor, (0, tensor.shape[0] // self.n_rows))
 
-    def place(self, tensor: torch.Tensor) -> Optional[Place]:
+    def place(self, tensor: Any) -> Optional[Place]:
         """Where the rows are in a tensor; None if nowhere, or if nothing is known of it."""
-        found = self._steps.get(_storage(tensor), None)
+        found = self._steps.get(_storage(tensor)) if isinstance(tensor, torch.Tensor) else None
         if found is None:
             return None
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
@@ -66,14 +68,18 @@ class Following(TorchDispatchMode):
                 return made
         flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         places = [(tensor, place) for tensor in flat if (place := self.place(tensor)) is not None]
-        places.sort(key=lambda found: _storage(found[0]) in self._filled)
-        filled = bool(places) and _storage(places[0][0]) in self._filled
+        certain = [(tensor, place) for tensor, place in places if _storage(tensor) not in self._filled]
+        places, filled = certain or places, not certain
         made = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         if not flat and self.alone and name in FILLED and made.dim() > 1 and made.shape[0] == self.n_rows:
             self._note(made, (0, 1), filled=True)
+        elif not flat and name == "arange":
+            self._counted[_storage(made)] = StorageWeakRef(made.untyped_storage())
         elif places and name == "index":
             self._note_indexed(args[0], args[1], made)
+        elif places and self._moves_rows(name.rstrip("_"), args):
+            self._steps.pop(_storage(made), None)
         elif places and torch.Tag.dynamic_output_shape not in func.tags:
             for tensor in pytree.tree_leaves(made):
                 if isinstance(tensor, torch.Tensor) and self._is_new(tensor, filled):
@@ -101,8 +107,9 @@ class Following(TorchDispatchMode):
             if name in MADE_ANEW and out.shape != tensor.shape:
                 continue
             if name in PRODUCTS:
-                kept = [args[at] is tensor and dim == side for side, at in enumerate(PRODUCTS[name])]
-                if any(kept) and dim < out.dim() and out.shape[dim] == tensor.shape[dim]:
+                first, second = args[PRODUCTS[name] : PRODUCTS[name] + 2]
+                kept = (tensor is first and dim != tensor.dim() - 1) or (tensor is second and dim != tensor.dim() - 2)
+                if kept and dim < out.dim() and out.shape[dim] == tensor.shape[dim]:
                     return dim, each
                 continue
             reduced = _dims(func, args, kwargs, tensor.dim())
@@ -120,6 +127,20 @@ class Following(TorchDispatchMode):
                 if 0 <= new < out.dim() and out.shape[new] == tensor.shape[dim]:
                     return new, each
         return None
+
+    def _moves_rows(self, name: str, args: tuple) -> bool:
+        """Whether rows are written to other places than their own: `y[order] = x`."""
+        if name not in WRITES:
+            return False
+        place = self.place(args[2] if name == "index_put" else args[3])
+        if place is None:
+            return False
+        into = (self.place(args[0]) or place)[0]
+        if name == "index_put":
+            at = args[1][into] if into < len(args[1]) else None
+        else:
+            at = args[2] if args[1] % args[0].dim() == into else None
+        return at is not None and _storage(at) not in self._counted
 
     def _note_indexed(self, tensor: torch.Tensor, indices: list[Optional[torch.Tensor]], out: torch.Tensor) -> None:
         """`x[:, i, j]`: the rows stay where no index picks among them; `x[arange(b), i]` has those of `i`."""
