@@ -37,12 +37,13 @@ def rows_of_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Optional[
 
     Both are None if no argument tells.
     """
-    told: list[tuple[Union[str, int], Any]] = [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[:-2]]
+    told: list[tuple[Union[str, int], Any]] = [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[:3]]
+    told += list(enumerate(args[:1]))  # before images, of which a row may have several
+    told += [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[3:-2]]
     encoded = kwargs.get("encoder_outputs")
     if encoded is not None and len(encoded):  # `generate` has encoded the rows before
         told.append(("encoder_outputs", encoded[0]))
     told += [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[-2:]]
-    told += list(enumerate(args[:1]))
     for name, value in told:
         if isinstance(value, torch.Tensor) and value.dim() > 1:
             return value.shape[0], name
