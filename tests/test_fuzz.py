@@ -275,6 +275,7 @@ def merged_for_a_while(model: peft.PeftModel, data: Any) -> None:
         model.unmerge_adapter()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    call.x.requires_grad_()  # as reentrant checkpoints ask
     by_name(call, model).sum().backward()
     for parameter in model.parameters():
         parameter.grad = None

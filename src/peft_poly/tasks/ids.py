@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 import torch
 
 from ..config import PolyConfig
-from .transforms import is_symbolic
+from .transforms import is_symbolic, readable
 
 __all__ = [
     "ROW_ARGUMENTS",
@@ -82,7 +82,7 @@ def resolve_tasks(
     if ids.dim() > 1 or ids.numel() == 0:
         raise ValueError(f"task_ids must have the shape (batch,) or (batch, 1), got {tuple(ids.shape)}.")
     one_for_all = ids.dim() == 0
-    ids = ids.reshape(-1)
+    ids = readable(ids.reshape(-1))
     if n_rows is not None and not one_for_all and ids.shape[0] != n_rows:
         raise ValueError(
             f"task_ids has {ids.shape[0]} entries but the batch has {n_rows} rows. Pass one id per row, or one id or "
