@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 import torch
 
 from ..config import PolyConfig
-from .transforms import is_symbolic
+from .transforms import is_symbolic, readable
 
 __all__ = [
     "ROW_ARGUMENTS",
@@ -37,12 +37,13 @@ def rows_of_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Optional[
 
     Both are None if no argument tells.
     """
-    told: list[tuple[Union[str, int], Any]] = [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[:-2]]
+    told: list[tuple[Union[str, int], Any]] = [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[:3]]
+    told += list(enumerate(args[:1]))  # before images, of which a row may have several
+    told += [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[3:-2]]
     encoded = kwargs.get("encoder_outputs")
     if encoded is not None and len(encoded):  # `generate` has encoded the rows before
         told.append(("encoder_outputs", encoded[0]))
     told += [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[-2:]]
-    told += list(enumerate(args[:1]))
     for name, value in told:
         if isinstance(value, torch.Tensor) and value.dim() > 1:
             return value.shape[0], name
@@ -81,7 +82,7 @@ def resolve_tasks(
     if ids.dim() > 1 or ids.numel() == 0:
         raise ValueError(f"task_ids must have the shape (batch,) or (batch, 1), got {tuple(ids.shape)}.")
     one_for_all = ids.dim() == 0
-    ids = ids.reshape(-1)
+    ids = readable(ids.reshape(-1))
     if n_rows is not None and not one_for_all and ids.shape[0] != n_rows:
         raise ValueError(
             f"task_ids has {ids.shape[0]} entries but the batch has {n_rows} rows. Pass one id per row, or one id or "

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["is_symbolic", "is_transformed"]
+__all__ = ["is_symbolic", "is_transformed", "readable"]
 
 
 # Of `create_selective_checkpoint_contexts`: the one keeps, in the forward, the other gives back.
@@ -38,3 +38,10 @@ def is_symbolic(ids: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.is_functorch_wrapped_tensor(ids) or torch._C._get_tracing_state() is not None
+
+
+def readable(ids: torch.Tensor) -> torch.Tensor:
+    """Integers without what `torch.func` puts around all tensors to take a derivative, which these do not have."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(ids):
+        ids = torch._C._functorch.get_unwrapped(ids)
+    return ids
