@@ -127,12 +127,14 @@ class Net(nn.Module):
         """Its signature says that `generate` may double the rows."""
 
     @torch.no_grad()
-    def generate(self, input_ids, num_beams=1, guidance_scale=None, ends=False, pixel_values=None, owners=None):
-        """Two steps on rows that are repeated; the first row may have `ends` after one."""
+    def generate(self, input_ids, num_beams=1, guidance_scale=None, special=""):
+        """Two steps on rows that are repeated, or "tiled"; the first row may end after one ("ends")."""
         x = input_ids.repeat_interleave(num_beams, 0)
+        if special == "tiled":
+            x = torch.cat([input_ids] * num_beams)
         if not guidance_scale:
             first = self(x)
-            done = num_beams if ends else 0
+            done = num_beams if special == "ends" else 0
             return torch.cat([first[:done], self(first[done:])]) if done < len(x) else first
         for _ in range(2):
             with_prompt, without = self(torch.cat([x, torch.zeros_like(x)])).chunk(2)

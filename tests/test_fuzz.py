@@ -320,33 +320,33 @@ def test_rows_are_what_they_are_alone_or_refused(ways, kind, n_tasks, shape, lif
 
 @some(EXAMPLES)
 @given(
-    ways=hows(),
+    ways=hows([*PLAIN, "tied", "windows outside"]),
     kind=st.sampled_from(KINDS),
     tasks=st.lists(st.sampled_from(["t0", "t1"]), min_size=1, max_size=3),
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=2),
     beams=st.integers(1, 3),
     guidance=st.sampled_from([None, None, 2.0]),
-    ends=st.booleans(),
+    special=st.sampled_from(["", "ends", "tiled"]),
     data=st.data(),
 )
 def test_an_own_generate_gives_each_row_what_it_gives_the_row_alone(
-    ways, kind, tasks, shape, beams, guidance, ends, data
+    ways, kind, tasks, shape, beams, guidance, special, data
 ):
-    """Rows that are repeated, computed twice over, or leave when they have ended."""
+    """Rows that are repeated in this order or that, computed twice over, or leave when they have ended."""
     seed = data.draw(st.integers(0, 999))
     model = make(ways, kind, 2, seed)
     call, how = Call(model, tasks, shape, data, seed), {"num_beams": beams, "guidance_scale": guidance}
-    ends = ends and not guidance
-    if call.media:
-        return  # images are of rows, not of beams
+    special = "" if guidance else special
     wanted = call.alone(passed=True, **how)
-    if ends:
+    if special == "tiled":
+        wanted = wanted.unflatten(0, (-1, beams)).transpose(0, 1).flatten(0, 1)
+    if special == "ends":
         dense = naive_merge(model.get_base_model(), call.ids[0])
         with torch.no_grad():
             wanted[:beams] = dense(call.x[:1].repeat_interleave(beams, 0))
-    out = or_refused(lambda: model.generate(call.x, **how, ends=ends, task_ids=call.given))
+    out = or_refused(lambda: model.generate(call.x, **how, special=special, task_ids=call.given))
     if isinstance(out, str):
-        assert call.may_be_refused() or (ends and len(set(tasks)) > 1), out
+        assert call.may_be_refused() or (special and len(set(tasks)) > 1), out
         assert re.search("exclude_modules|This `generate`", out)
     else:
         torch.testing.assert_close(out, wanted, rtol=1e-8, atol=1e-10)

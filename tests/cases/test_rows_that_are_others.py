@@ -32,6 +32,14 @@ class SequenceFirst(nn.Module):
         hidden = self.emb(input_ids).permute(1, 0, 2).contiguous()
         return self.lin1(self.lin0(hidden).tanh()).transpose(0, 1)
 
+    def generate(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self(input_ids) for _ in range(4)])
+
+
+class Flattened(SequenceFirst):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.lin1(self.lin0(self.emb(input_ids).flatten(0, 1)).tanh()).view(*input_ids.shape, 8)
+
 
 def xlnet() -> nn.Module:
     config = tf.XLNetConfig(vocab_size=61, d_model=16, n_layer=2, n_head=4, d_inner=32, num_labels=3)
@@ -68,6 +76,24 @@ def test_as_many_tokens_as_rows_or_not(make, length):
         return getattr(output, "logits", output)
 
     same_as_alone(call, IDS, tokens(4, length))
+
+
+@pytest.mark.parametrize("kind", [{}, {"poly_type": "gates"}], ids=["poly", "gates"])
+@pytest.mark.parametrize("make", [SequenceFirst, Flattened])
+def test_what_is_kept_from_call_to_call_minds_where_the_rows_are(make, kind):
+    torch.manual_seed(0)
+    model, x = two_tasks(make(), **kind), tokens(4, 4)
+    alone = torch.cat([model(x[row : row + 1], task_ids=task) for row, task in enumerate(IDS)])
+
+    def several(task_ids) -> list[torch.Tensor]:
+        return [model(x, task_ids=task_ids) for _ in range(3)]
+
+    with torch.no_grad():
+        with model.serving():
+            outputs = several(IDS)
+        outputs += list(model.generate(x, task_ids=IDS))
+    for output in outputs:
+        torch.testing.assert_close(output, alone, atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- towers

@@ -18,6 +18,7 @@ class Adapted(Protocol):
     training: bool
     base_layer: nn.Module
     layer_name: str
+    row_dim: int
     task_context: TaskContext
     poly_lora_A: nn.ParameterDict
     poly_lora_B: nn.ParameterDict

@@ -116,7 +116,7 @@ class Shortcut:
         """Whether `layer` can have one."""
         base: Any = layer._modules["base_layer"]
         plain = type(base) is nn.Linear and not is_watched(base) and base._parameters.get("weight") is not None
-        return plain and layer.active_adapters == [name] and x.dim() > 1
+        return plain and layer.active_adapters == [name] and x.dim() > 1 and layer.row_dim == 0
 
     def leads(self, layer: Adapted, x: torch.Tensor) -> bool:
         """Whether `layer(x)` may go this way."""
@@ -132,6 +132,7 @@ class Shortcut:
             or layer._disable_adapters
             or layer.merged_adapters
             or layer._active_adapter != self.active
+            or layer.row_dim != 0  # the rows lie elsewhere, or are another call's
             or (self.casts and not layer.cast_input_dtype_enabled)
             or (self.dropout is not None and self.dropout.training)
             or is_watched(self.base)
@@ -140,6 +141,8 @@ class Shortcut:
         batch = layer.task_context.current()
         if batch is not self.batch:
             if self.pattern is None or batch is None or self.name not in batch.ids:
+                return False
+            if batch.n_rows not in (1, self.n_rows):  # each row has several entries
                 return False
             if batch.grouped(self.name, self.n_rows, self.device, layer.layer_name).pattern != self.pattern:
                 return False
