@@ -27,7 +27,7 @@ def rows_of(assistants: Iterable[str], split: str, folder: Path = DATA) -> list[
         if not file.exists():
             known = ", ".join(sorted(path.stem for path in folder.glob("*.jsonl")))
             raise ValueError(f"There is no assistant {name!r} in {folder}; it has {known}.")
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").strip().split("\n")]
         own = [row for row in rows if row["split"] == split]
         if not own:
             raise ValueError(f"{file} has no rows of the split {split!r}; it has {sorted({r['split'] for r in rows})}.")

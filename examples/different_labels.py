@@ -62,7 +62,7 @@ def load_rows(tasks: list[str], split: str, tokenizer: Any) -> list[dict[str, An
     """The rows of the tasks, as tokens; a label for each word stands on the word's first token."""
     rows = []
     for task in tasks:
-        lines = (DATA / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (DATA / f"{task}.jsonl").read_text(encoding="utf-8").strip().split("\n")
         for row in filter(lambda row: row["split"] == split, map(json.loads, lines)):
             if "tags" in row:
                 encoded = tokenizer(row["tokens"], is_split_into_words=True)

@@ -73,7 +73,8 @@ class Message:
 
 def read_messages(folder: Path, files: list[str]) -> list[Message]:
     """The texts of some tasks; an intent is an answer of one of them."""
-    rows = [json.loads(line) for name in files for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    texts = [(folder / f"{name}.jsonl").read_text(encoding="utf-8") for name in files]
+    rows = [json.loads(line) for text in texts for line in text.strip().split("\n")]
     return [Message(row["input"], f"{row['task']} {row['output']}", row["split"] == "test") for row in rows]
 
 

@@ -67,7 +67,8 @@ def read_messages(folder: Path, patterns: Sequence[str] = INTENTS) -> list[Messa
     files = sorted({file for pattern in patterns for file in folder.glob(f"{pattern}.jsonl")})
     if not files:
         raise ValueError(f"{folder} has no files {', '.join(f'{pattern}.jsonl' for pattern in patterns)}.")
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    rows = [json.loads(line) for text in texts for line in text.strip().split("\n")]
     messages = {row["input"]: Message(row["input"], f"{row['task']} {row['output']}", row["split"] == "test")
                 for row in rows}  # fmt: skip
     return list(messages.values())

@@ -72,7 +72,7 @@ def load_tasks(folder: Path, held_out: Sequence[str] = HELD_OUT, instruction: bo
     if not files:
         raise ValueError(f"{folder} is no folder with *.jsonl files, the schema of examples/data.")
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), start=1):
             try:
                 found = json.loads(line)
             except json.JSONDecodeError as error:

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src/peft_poly"
-FRONT = ("__init__", "registration", "model", "verbs", "layer", "router", "config", "compat", "recommended")
+FRONT = ("__init__", "registration", "model", "layer", "router", "config", "compat", "recommended")
 WIDTH, LEFT, NAME, LINE, GAP = 860, 118, 128, 19, 10
 
 STYLE = """

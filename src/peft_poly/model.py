@@ -29,7 +29,7 @@ from .adapter.labelled.classifiers import (
     train_shared_layers,
 )
 from .adapter.names import check_adapter_name
-from .adapter.routed_calls import PASSED, RoutedCalls
+from .adapter.routed_calls import RoutedCalls
 from .adapter.sharing import router_group, shared_router_keys
 from .adapter.targets import check_architecture, check_target, warn_of_fused_experts
 from .compute.gradients import let_gradients_pass, warn_of_rounding
@@ -44,12 +44,13 @@ from .tasks.choosing import task_contexts
 from .tasks.context import TaskContext
 from .tasks.rows.by_task import let_attention_compute_by_task
 from .tasks.rows.calls import follow_calls, stop_following
-from .verbs import TaskVerbs
+from .verbs.merge_and_export import MergeAndExport
+from .verbs.on_tasks import TaskVerbs
 
-__all__ = ["PASSED", "PolyModel", "tuner_of"]
+__all__ = ["PolyModel", "tuner_of"]
 
 
-class PolyModel(RoutedCalls, TaskVerbs, BaseTuner):
+class PolyModel(RoutedCalls, TaskVerbs, MergeAndExport, BaseTuner):
     """Task-routed adapters (Polytropon, arXiv 2202.13914; MHR, arXiv 2211.03831) in a model.
 
     Made by `peft.get_peft_model(model, PolyConfig(...))`; its verbs are reached through the `PeftModel`.

@@ -30,10 +30,11 @@ from transformers import GenerationMixin
 from transformers import __version__ as transformers_version
 from transformers.integrations import peft as transformers_door
 
+from .adapter.routed_calls import PASSED
 from .checkpoints import loading, saving
 from .compat import PEFT_VERSIONS
 from .config import PolyConfig
-from .model import PASSED, PolyModel, tuner_of
+from .model import PolyModel, tuner_of
 from .pipelines import STEPS
 from .tasks.batch import current_generation, generation, how_rows_repeat, rows_left_message
 from .tasks.choosing import check_one_task_is_set, task_contexts

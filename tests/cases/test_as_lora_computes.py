@@ -73,6 +73,40 @@ def test_the_gradient_of_each_row_by_vmap_is_that_of_the_row_alone(kind, given, 
 
 
 @each_kind
+@pytest.mark.parametrize("shape", [(6, 8), (6, 5, 8)])
+@pytest.mark.parametrize("door", [jvp, vjp, grad], ids=lambda door: door.__name__)
+def test_a_mixed_batch_has_the_derivatives_of_each_row_alone(kind, shape, door):
+    model, x, v = made(kind), *torch.randn(2, *shape, dtype=torch.float64)
+
+    def derivative(rows: slice) -> torch.Tensor:
+        def function(z):
+            return model(z, task_ids=IDS[rows])
+
+        if door is jvp:
+            return jvp(function, (x[rows],), (v[rows],))[1]
+        if door is vjp:
+            out, back = vjp(function, x[rows])
+            return back(torch.ones_like(out))[0]
+        return grad(lambda z: function(z).sin().sum())(x[rows])
+
+    torch.testing.assert_close(derivative(slice(None)), torch.cat([derivative(slice(n, n + 1)) for n in range(6)]))
+
+
+@each_kind
+@pytest.mark.parametrize("shape", [(6, 8), (6, 5, 8)])
+def test_the_gradient_of_a_mixed_batch_by_its_parameters_is_that_of_a_backward(kind, shape):
+    model, x = made(kind), torch.randn(*shape, dtype=torch.float64)
+
+    def loss(parameters):
+        return functional_call(model, parameters, (x,), {"task_ids": IDS}).pow(2).sum()
+
+    found = grad(loss)(trainable(model))
+    model(x, task_ids=IDS).pow(2).sum().backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+
+
+@each_kind
 def test_jacobians_and_products_are_those_of_the_lora(kind, x):
     model = made(kind)
     lora, direction = as_lora(model, 1), torch.ones_like(x)

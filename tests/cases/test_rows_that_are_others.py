@@ -336,6 +336,10 @@ def taken(x, order):
     return x[order]
 
 
+def put_back(x, order):
+    return x[order.argsort()]
+
+
 MOVES = {
     "index": (lambda x, order: x[order], lambda x, order: x[order.argsort()]),
     "select": (lambda x, order: x.index_select(0, order), lambda x, order: x.index_select(0, order.argsort())),
@@ -349,6 +353,19 @@ MOVES = {
     "write to new": (lambda x, order: written(torch.empty_like(x), order, x), taken),
     "write to old": (lambda x, order: written(x.clone(), order, x), taken),
     "index_copy": (lambda x, order: torch.zeros_like(x).index_copy(0, order, x), taken),
+    "copied over new": (lambda x, order: torch.zeros_like(x).copy_(x[order]), put_back),
+    "written over new": (lambda x, order: written(torch.empty_like(x), slice(None), x.flip(0)), lambda x, _: x.flip(0)),
+    "added to zeros": (lambda x, order: torch.zeros_like(x) + x[order], put_back),
+    "added to new": (lambda x, order: x.new_zeros(x.shape).add_(x.index_select(0, order)), put_back),
+    "times ones": (lambda x, order: x.roll(1, 0) * torch.ones_like(x), lambda x, order: x.roll(-1, 0)),
+    "in place of": (lambda x, order: torch.where(order.sum() > 0, x[order], x), put_back),
+    "scattered": (lambda x, order: x.masked_scatter(torch.ones_like(x).bool(), x[order]), put_back),
+    "beside": (lambda x, order: torch.cat([x[order], x], 1)[:, : x.shape[1]], put_back),
+    "joined, then added": (lambda x, _: x * 0 + torch.cat([x[1:], x[:1]]), lambda x, _: x.roll(1, 0)),
+    "halves, then added": (lambda x, _: x * 0 + torch.cat([x[2:], x[:2]]), lambda x, _: x.roll(2, 0)),
+    "stacked": (lambda x, order: torch.stack([x[n] for n in order.tolist()]), put_back),
+    "stacked, then added": (lambda x, order: x * 0 + torch.stack([x[n] for n in order.tolist()]), put_back),
+    "written, then added": (lambda x, order: torch.zeros_like(x) + written(torch.empty_like(x), order, x), taken),
     "product": (
         lambda x, order: (one_hot(order) @ x.flatten(1)).view_as(x),
         lambda x, order: (one_hot(order).T @ x.flatten(1)).view_as(x),
@@ -373,6 +390,23 @@ def test_rows_that_were_moved_are_refused(how, length):
             model(x, task_ids=IDS)
     alone = torch.cat([model(x[row : row + 1], task_ids="rte") for row in range(4)])
     torch.testing.assert_close(model(x, task_ids="rte"), alone, atol=1e-5, rtol=1e-5)
+
+
+IN_PARTS = {
+    "halves": lambda x: torch.cat([x[:2], x[2:]]),
+    "chunks": lambda x: torch.cat(x.chunk(4)),
+    "one by one": lambda x: torch.stack([x[n] for n in range(len(x))]),
+    "unbound": lambda x: torch.stack(x.unbind(0), 1).transpose(0, 1),
+    "flattened": lambda x: torch.cat(x.flatten(0, 1).split(x.shape[1])).view_as(x),
+}
+
+
+@pytest.mark.parametrize("length", [4, 5])
+@pytest.mark.parametrize("how", IN_PARTS)
+def test_parts_that_are_put_together_in_order_are_followed(how, length):
+    torch.manual_seed(0)
+    model = two_tasks(Moves(lambda x, _: IN_PARTS[how](x), lambda x, _: x))
+    same_as_alone(lambda x, task_ids: model(x, task_ids=task_ids), IDS, tokens(4, length))
 
 
 class Switches(nn.Module):

@@ -221,7 +221,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_trained(comm
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = command("--plot", "table.png")
     assert code == 2
-    assert err.splitlines()[-1].endswith("A picture needs matplotlib. Run: pip install matplotlib")
+    assert err.splitlines()[-1].endswith("Pictures need matplotlib. Run: pip install matplotlib scipy")
 
 
 def test_a_run_that_nobody_watches_says_where_it_is_line_by_line(command, tmp_path):

@@ -17,12 +17,12 @@ from ..checkpoints.reading import read_routing
 from ..checkpoints.staging import check_target, staged
 from ..compare.comparison import Settings
 from ..compare.learning.encoder import default_encoder
-from ..compare.plots import check_can_draw, save_plot
+from ..compare.plots import save_plot
 from ..compare.runs import compare_methods
 from ..compare.table import as_numbers, comparison_table
 from ..compare.verdict import verdict
 from ..config import PolyConfig
-from ..insight.plots import save_plots
+from ..insight.plots import figure_class, save_plots
 from ..insight.report import write_report
 from . import tables
 from .bases import base_model_name, hollow_base_model, load_base_model, save_tokenizer, with_adapter
@@ -121,7 +121,7 @@ def compare(
     """Train the rivals on a folder of tasks, and say whether routing pays there."""
     _check_free(plot, force)
     if plot is not None:
-        check_can_draw(plot)
+        figure_class(plot)  # said before hours of training
     quiet_libraries()
     found = compare_methods(data, base or default_encoder(), output, Settings(**settings), note)
     if plot is not None:

@@ -22,6 +22,7 @@ __all__ = [
     "add_in_runs",
     "add_one",
     "grad_input",
+    "in_dtype",
     "in_runs",
     "low_rank_update",
     "scaled_product",
@@ -128,6 +129,11 @@ def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tens
         _ZEROS[key] = torch.zeros((), dtype=a.dtype, device=a.device)
     product: Callable[..., torch.Tensor] = torch.addmm if a.dim() == 2 else torch.baddbmm
     return product(_ZEROS[key], a, b, beta=0, alpha=scale)
+
+
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`, without the call where there is nothing to do: it is on the path of every layer."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def in_runs(x: torch.Tensor, g: int) -> torch.Tensor:

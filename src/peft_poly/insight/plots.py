@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,10 @@ from .analysis import farthest, span, task_linkage, task_order, task_skill_matri
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-__all__ = ["plot_dendrogram", "plot_heat_map", "plot_heat_maps", "save_plots"]
+__all__ = ["figure_class", "plot_dendrogram", "plot_heat_map", "plot_heat_maps", "save_plots"]
 
 MOST_NUMBERS = 240  # cells of a heat map that still say their number
 COLUMN, ROW = 0.45, 0.28  # inches of a skill, of a task
@@ -177,11 +179,8 @@ def save_plots(routing: Routing, path: Union[str, Path], task: Union[int, str, N
         ImportError: matplotlib or scipy is missing.
         ValueError: matplotlib cannot write that format.
     """
-    figure_cls = _matplotlib("figure").Figure
     path = Path(path)
-    supported = sorted(figure_cls().canvas.get_supported_filetypes())
-    if path.suffix.removeprefix(".").lower() not in supported:
-        raise ValueError(f"{path.name} must end in one of {', '.join('.' + kind for kind in supported)}.")
+    figure_cls = figure_class(path)
     two = task is None and routing.shape[0] > 1
     labels = routing.task_names if task is None else routing.layers
     width, aside = _heat_width(labels, routing.shape[2]), _heat_width(labels, 0)
@@ -194,6 +193,20 @@ def save_plots(routing: Routing, path: Union[str, Path], task: Union[int, str, N
     with staged_file(path) as staging:
         figure.savefig(staging, dpi=150)
     return path
+
+
+def figure_class(path: Path) -> type[Figure]:
+    """matplotlib's `Figure`, which can write this file: no pyplot, which keeps figures, and picks a window system.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: matplotlib cannot write that format.
+    """
+    figure_cls: type[Figure] = _matplotlib("figure").Figure
+    supported = sorted(figure_cls().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in supported:
+        raise ValueError(f"{path.name} must end in one of {', '.join('.' + kind for kind in supported)}.")
+    return figure_cls
 
 
 def _draw_heat_map(
@@ -247,7 +260,10 @@ def _draw_matrix(
 
 
 def _wrapped(title: str, width: float) -> str:
-    return "\n".join(textwrap.wrap(_plain(title), max(16, int(width / LETTER))))
+    """A title in lines of so many inches; where it must break, after a comma first."""
+    letters = max(16, int(width / LETTER))
+    parts = [title] if len(title) <= letters else re.split("(?<=,) ", title)
+    return "\n".join(line for part in parts for line in textwrap.wrap(_plain(part), letters))
 
 
 def _axes(ax: Optional[Axes], width: float, rows: int) -> Axes:

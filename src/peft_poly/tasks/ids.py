@@ -25,11 +25,12 @@ __all__ = [
 
 TaskIds = Union[torch.Tensor, Sequence[Union[int, str]], int, str]
 
-# Arguments that tell how many rows a batch has, in the order of trust.
-ROW_ARGUMENTS = (
-    "input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values", "decoder_input_ids",
-    "decoder_inputs_embeds",
-)  # fmt: skip
+# Arguments that tell how many rows a batch has, in the order of trust: texts, before images, of which a row may have
+# several, before what a decoder starts with.
+TEXTS = ("input_ids", "inputs_embeds", "inputs")
+FEATURES = ("input_features", "input_values", "pixel_values")
+DECODED = ("decoder_input_ids", "decoder_inputs_embeds")
+ROW_ARGUMENTS = (*TEXTS, *FEATURES, *DECODED)
 
 
 def rows_of_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Optional[int], Union[str, int, None]]:
@@ -37,13 +38,13 @@ def rows_of_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Optional[
 
     Both are None if no argument tells.
     """
-    told: list[tuple[Union[str, int], Any]] = [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[:3]]
-    told += list(enumerate(args[:1]))  # before images, of which a row may have several
-    told += [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[3:-2]]
+    told: list[tuple[Union[str, int], Any]] = [(name, kwargs.get(name)) for name in TEXTS]
+    told += list(enumerate(args[:1]))
+    told += [(name, kwargs.get(name)) for name in FEATURES]
     encoded = kwargs.get("encoder_outputs")
     if encoded is not None and len(encoded):  # `generate` has encoded the rows before
         told.append(("encoder_outputs", encoded[0]))
-    told += [(name, kwargs.get(name)) for name in ROW_ARGUMENTS[-2:]]
+    told += [(name, kwargs.get(name)) for name in DECODED]
     for name, value in told:
         if isinstance(value, torch.Tensor) and value.dim() > 1:
             return value.shape[0], name

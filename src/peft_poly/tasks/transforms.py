@@ -12,8 +12,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["is_symbolic", "is_transformed", "readable"]
-
+__all__ = ["is_symbolic", "is_transformed", "is_wrapped", "readable"]
 
 # Of `create_selective_checkpoint_contexts`: the one keeps, in the forward, the other gives back.
 SELECTIVE = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
@@ -33,11 +32,14 @@ def _keeps_some(mode: Any) -> bool:
     return type(mode).__name__ in SELECTIVE
 
 
+def is_wrapped(value: Any) -> bool:
+    """Whether a value is a tensor that `torch.func` has wrapped, so that its storage tells nothing."""
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def is_symbolic(ids: torch.Tensor) -> bool:
     """Whether the numbers of a tensor cannot be read: `torch.func.vmap` maps over it, or a trace is recorded."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.is_functorch_wrapped_tensor(ids) or torch._C._get_tracing_state() is not None
+    return not torch.compiler.is_compiling() and (is_wrapped(ids) or torch._C._get_tracing_state() is not None)
 
 
 def readable(ids: torch.Tensor) -> torch.Tensor:

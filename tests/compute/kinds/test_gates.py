@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_poly import Linear, PolyConfig, PolyLayer, convert_checkpoint, export_lora, from_loras
+from peft_poly.compute.kinds import KINDS
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 IDS = [2, 0, 2, 1]
@@ -69,6 +70,12 @@ class TestMaths:
     def test_inputs_of_any_shape(self, mode, shape):
         layer, x = make_layer(), torch.randn(*shape, 8, dtype=torch.float64)
         torch.testing.assert_close(call(layer, x, mode, IDS), naive(layer, x, IDS))
+
+    @pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 3, 2), (4, 2, 1, 3)], ids=str)
+    def test_plain_operations_add_the_same(self, shape):  # what `torch.func`, traces and the compiler see
+        layer, x = make_layer(), torch.randn(*shape, 8, dtype=torch.float64)
+        added = KINDS["gates"].update(layer, "default", x, torch.tensor(IDS))
+        torch.testing.assert_close(layer.base_layer(x) + added, naive(layer, x, IDS))
 
     def test_a_vector_has_one_task(self, mode):
         layer, x = make_layer(), torch.randn(8, dtype=torch.float64)

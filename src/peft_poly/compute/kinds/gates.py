@@ -21,7 +21,7 @@ from ...tasks.batch import TaskBatch, kept_in_generation
 from ..adapted import Adapted
 from ..keeping.kept import Kept, Origin, Shortcut
 from ..parts import ids_of_rows, tensors_of
-from ..products import to_add_to
+from ..products import in_dtype, to_add_to
 from .gating_node import GatedUpdate, add_gated
 from .kind import Kind
 from .routed import routed_for_backward, routed_without
@@ -174,8 +174,7 @@ class Gates(Kind):
         A, B, logits = tensors_of(layer, name)
         gates = gates_of_rows(layer, name, logits, batch, n_rows, x)
         y = to_add_to(y, owned)
-        tokens = x if x.dtype == A.dtype else x.to(A.dtype)
-        add_gated(y, tokens, gates, A.view(A.shape[2:]), B.view(B.shape[2:]), layer.scaling[name])
+        add_gated(y, in_dtype(x, A.dtype), gates, A.view(A.shape[2:]), B.view(B.shape[2:]), layer.scaling[name])
         return y
 
     # ------------------------------------------------------------------------------------------------------- its life

@@ -12,7 +12,7 @@ from typing import Any, Optional, cast
 
 import torch
 
-from ..products import grad_input, low_rank_update, scaled_product, through_A, to_add_to, turned_product
+from ..products import grad_input, in_dtype, low_rank_update, scaled_product, through_A, to_add_to, turned_product
 from .routed import OwnRouting
 from .second_derivatives import by_plain_operations, wants_a_graph
 
@@ -75,8 +75,7 @@ class GatedUpdate(torch.autograd.Function):
             y = to_add_to(torch.nn.functional.linear(x, weight, bias), owned=True)
         else:
             y = to_add_to(cast(torch.Tensor, base), owned=False)
-        g = gates.squeeze(1) if gates.dtype == A.dtype else gates.squeeze(1).to(A.dtype)
-        tokens = x if x.dtype == A.dtype else x.to(A.dtype)
+        g, tokens = in_dtype(gates.squeeze(1), A.dtype), in_dtype(x, A.dtype)
         u = add_gated(y, tokens, g, A.view(A.shape[2:]), B.view(B.shape[2:]), scale)
         ctx.save_for_backward(x, u, g, A, B, weight, None if own is None else own.tasks, gates, logits)
         ctx.own, ctx.scale = own, scale
@@ -97,21 +96,20 @@ class GatedUpdate(torch.autograd.Function):
         grad_x, grad_A, grad_B, grad_g, grad_logits = None, None, None, None, None
         of_rows = g.unsqueeze(1)
         grad_2d = grad.reshape(-1, grad.shape[-1])
-        grad_y = grad_2d if grad.dtype == B.dtype else grad_2d.to(B.dtype)
+        grad_y = in_dtype(grad_2d, B.dtype)
         grad_v = scaled_product(grad_y, B.view(B.shape[2:]).t(), ctx.scale).view(u.shape)
         if needs_x or needs_A:
             grad_u = (grad_v * of_rows).view(-1, g.shape[1])
             if needs_x:
                 grad_x = grad_input(grad_2d, grad_u, A.view(A.shape[2:]).t(), weight, x.dtype).view(x.shape)
             if needs_A:
-                tokens = x.reshape(-1, x.shape[-1])
-                grad_A = turned_product(tokens if x.dtype == A.dtype else tokens.to(A.dtype), grad_u).view(A.shape)
+                tokens = in_dtype(x.reshape(-1, x.shape[-1]), A.dtype)
+                grad_A = turned_product(tokens, grad_u).view(A.shape)
         if needs_B:
             v = (u * of_rows).view(-1, g.shape[1])
             grad_B = scaled_product(v.t(), grad_y, ctx.scale).view(B.shape)
         if needs_g or needs_logits:
-            grad_g = (grad_v * u).sum(dim=1, keepdim=True)
-            grad_g = grad_g if gates.dtype == grad_g.dtype else grad_g.to(gates.dtype)
+            grad_g = in_dtype((grad_v * u).sum(dim=1, keepdim=True), gates.dtype)
         if needs_logits:
             grad_logits, grad_g = ctx.own.grad_logits(grad_g, g, None, tasks, logits), None
         grad_base = grad if needs_base else None

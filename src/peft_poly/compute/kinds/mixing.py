@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 
 from ...tasks.grouping import Rows
-from ..products import add_in_runs, add_one, through_A, to_add_to
+from ..products import add_in_runs, add_one, in_dtype, through_A, to_add_to
 
 __all__ = ["add_update", "as_skills", "cheaper_together", "mix_A", "mix_B", "mix_one", "worth_turning"]
 
@@ -42,9 +42,9 @@ def mix_A(w: torch.Tensor, A: torch.Tensor, turned: bool = False, placed: bool =
     h, k, d, r = A.shape
     if placed and h > 1 and not turned:
         mixed = A.new_empty(w.shape[0], h, d * r)
-        torch.bmm(_as(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r), out=mixed.transpose(0, 1))
+        torch.bmm(in_dtype(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r), out=mixed.transpose(0, 1))
         return mixed.view(-1, h * d, r)
-    mixed = torch.bmm(_as(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r))
+    mixed = torch.bmm(in_dtype(w, A.dtype).transpose(0, 1), A.reshape(h, k, d * r))
     if turned:
         return mixed.view(h, -1, d, r).permute(1, 3, 0, 2).reshape(-1, r, h * d).contiguous().transpose(1, 2)
     return mixed.transpose(0, 1).reshape(-1, h * d, r)
@@ -53,7 +53,7 @@ def mix_A(w: torch.Tensor, A: torch.Tensor, turned: bool = False, placed: bool =
 def mix_B(w: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """`B_t[r, (h, o)] = sum_k w[h, k] B[h, k, r, o]`: `(g, h, k), (h, k, r, o) -> (g, r, h * o)`, dtype of B."""
     h, k, r, o = B.shape
-    mixed = torch.bmm(_as(w, B.dtype).transpose(0, 1), B.reshape(h, k, r * o))
+    mixed = torch.bmm(in_dtype(w, B.dtype).transpose(0, 1), B.reshape(h, k, r * o))
     if h == 1:
         return mixed.view(-1, r, o)
     return mixed.view(h, -1, r, o).permute(1, 2, 0, 3).reshape(-1, r, h * o)
@@ -63,7 +63,7 @@ def mix_one(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Te
     """The pair of one task, with the least that can be done: w `(1, h, k)` `-> (in, r), (r, out)`."""
     h, k, d, r = A.shape
     w = as_skills(w, A, B).transpose(0, 1)
-    w_A, w_B = _as(w, A.dtype), _as(w, B.dtype)
+    w_A, w_B = in_dtype(w, A.dtype), in_dtype(w, B.dtype)
     mixed = torch.bmm(w_B, B.reshape(h, k, -1))
     mixed_B = mixed.view(r, -1) if h == 1 else mixed.view(h, r, -1).transpose(0, 1).reshape(r, -1)
     return torch.bmm(w_A, A.reshape(h, k, -1)).view(h * d, r), mixed_B
@@ -76,11 +76,7 @@ def worth_turning(x: torch.Tensor, g: int) -> bool:
 
 def as_skills(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """Weights in the dtype of the skills, to be cast once for both; as they are if A and B differ in it."""
-    return _as(w, A.dtype) if A.dtype == B.dtype else w
-
-
-def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return in_dtype(w, A.dtype) if A.dtype == B.dtype else w
 
 
 def add_update(

@@ -17,6 +17,7 @@ import torch
 from ..products import (
     add_in_runs,
     grad_input,
+    in_dtype,
     in_runs,
     low_rank_update,
     scaled_product,
@@ -63,7 +64,7 @@ class PolyUpdate(torch.autograd.Function):
             y = to_add_to(torch.nn.functional.linear(x, weight, bias), owned=True)
         else:
             y = to_add_to(cast(torch.Tensor, base), owned=False)
-        tokens, weights = x if x.dtype == A.dtype else x.to(A.dtype), as_skills(w, A, B)
+        tokens, weights = in_dtype(x, A.dtype), as_skills(w, A, B)
         mixed_A = mix_A(weights, A, turned=worth_turning(x, len(w)), placed=True)
         u = add_in_runs(y, tokens, mixed_A, mix_B(weights, B), scale)
         p, tasks = (None, None) if own is None else (own.p, own.tasks)
@@ -88,7 +89,7 @@ class PolyUpdate(torch.autograd.Function):
         grad_base = grad if needs_base else None
         weights = as_skills(w, A, B)
         grad_runs = in_runs(grad, g)
-        grad_y = grad_runs if grad.dtype == B.dtype else grad_runs.to(B.dtype)
+        grad_y = in_dtype(grad_runs, B.dtype)
         # the gradient of u: (g, r, m), turned, which is the fast orientation for all that follows
         grad_u = scaled_product(mix_B(weights, B), grad_y.mT, ctx.scale).mT
         if needs_x:
@@ -96,19 +97,18 @@ class PolyUpdate(torch.autograd.Function):
         if not (needs_A or needs_B or needs_w or needs_logits):
             return grad_base, grad_x, *[None] * 8
         # gradients of the mixed pair, in the skills' layout (h, g, ...)
-        tokens = in_runs(x, g)
-        mixed_A = turned_product(tokens if x.dtype == A.dtype else tokens.to(A.dtype), grad_u)
+        mixed_A = turned_product(in_dtype(in_runs(x, g), A.dtype), grad_u)
         mixed_A = mixed_A.view(g, h, d * r).transpose(0, 1)
         mixed_B = scaled_product(u.mT, grad_y, ctx.scale)
         mixed_B = mixed_B.view(g, r, h, o).permute(2, 0, 1, 3).reshape(h, g, r * o)
-        weights = (weights if weights.dtype == A.dtype else weights.to(A.dtype)).permute(1, 2, 0)  # (h, k, g)
+        weights = in_dtype(weights, A.dtype).permute(1, 2, 0)  # (h, k, g)
         if needs_A:
             grad_A = torch.bmm(weights, mixed_A).view(A.shape)
         if needs_B:
             grad_B = torch.bmm(weights, mixed_B).view(B.shape)
         if needs_w or needs_logits:
-            grad_w = torch.bmm(mixed_A, A.flatten(2).mT).baddbmm_(mixed_B, B.flatten(2).mT).transpose(0, 1)
-            grad_w = grad_w if grad_w.dtype == w.dtype else grad_w.to(w.dtype)
+            grad_w = torch.bmm(mixed_A, A.flatten(2).mT).baddbmm_(mixed_B, B.flatten(2).mT)
+            grad_w = in_dtype(grad_w.transpose(0, 1), w.dtype)
         if needs_logits:
             grad_logits, grad_w = ctx.own.grad_logits(grad_w, w, p, tasks, logits), None
         return grad_base, grad_x, None, None, grad_A, grad_B, None, grad_w, None, grad_logits

@@ -20,6 +20,7 @@ from transformers import GenerationMixin
 from ..batch import TaskBatch, current_generation, rows_left_message, wrong_rows_message
 from ..context import TaskContext
 from ..ids import ROW_ARGUMENTS, rows_of_call
+from ..transforms import is_wrapped
 from .following import Following
 
 __all__ = ["LOST", "follow_calls", "follow_own_generate", "place_of_rows", "stop_following"]
@@ -94,7 +95,7 @@ def place_of_rows(layer: Followed, x: torch.Tensor, batch: TaskBatch, advice: st
         ValueError: the rows are not in the input, or not known to be.
     """
     n_rows, call = batch.n_rows, None if torch.compiler.is_compiling() else layer.task_context.entries.call
-    if call is not None and call.following is not None and not _is_transformed(x):
+    if call is not None and call.following is not None and not is_wrapped(x):
         place = call.following.place(x)
         dim = place[0] if place is not None and (place[0] == 0 or place[1] == 1) else LOST
         if dim != LOST or x.shape[0] % n_rows == 0:
@@ -105,7 +106,7 @@ def place_of_rows(layer: Followed, x: torch.Tensor, batch: TaskBatch, advice: st
         # and meanwhile only a shape that nothing but rows can have will do.
         if call is not None:
             call.kinds.discard(call.kind)
-        flat = x.dim() == 2 and _is_transformed(x)  # what `torch.func` computes is not followed
+        flat = x.dim() == 2 and is_wrapped(x)  # what `torch.func` computes is not followed
         has_rows = flat or (x.dim() > 2 and x.shape[1] != n_rows)
         dim = 0 if call is None or (has_rows and not call.unclear) else LOST
     else:
@@ -163,8 +164,8 @@ class _Entering:
         call.kinds = self.context.known_calls.setdefault(call.module, set())
         named = frozenset((name, _sort_of(value)) for name, value in kwargs.items() if value is not None)
         call.kind = (call.module.training, *map(_sort_of, args), named)
-        transformed = any(map(_is_transformed, pytree.tree_leaves((args, kwargs))))
-        if call.kind in call.kinds or record.n_rows < 2 or transformed:
+        wrapped = any(map(is_wrapped, pytree.tree_leaves((args, kwargs))))
+        if call.kind in call.kinds or record.n_rows < 2 or wrapped:
             return
         given = [(name, value) for name, value in [*enumerate(args), *kwargs.items()] if value is not None]
         of_rows = [name for name, _ in given if name == told or not (isinstance(name, str) and MEDIA.search(name))]
@@ -239,10 +240,6 @@ def _sort_of(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return tuple(int(size).bit_length() for size in value.shape[1:])
     return value if isinstance(value, (bool, str)) else type(value)
-
-
-def _is_transformed(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -6,7 +6,8 @@ apart in memory the rows lie. It holds for every view of it. A dimension of that
 are rows, is that of the rows; with `m` times as many at an `m`-th of the stride, each row has `m` of them, one after
 the other (choices, windows, flattened tokens). Other operations keep the place of the first input that has one, if the
 sizes say that they can. What stems from no row (a table of positions, images beside text), or was
-picked by a condition (the tokens of an expert), has no place.
+picked by a condition (the tokens of an expert), has no place. Nor has what holds the rows in another order, and what
+that is written to or computed with: the place of others there is not that of its rows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LEFT = ("embedding",)  # operations that append dimensions; others put new ones 
 FILLED = ("zeros", "ones", "full")
 MADE_ANEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
 PRODUCTS = {"mm": 0, "addmm": 1, "dot": 0, "mv": 0, "bmm": 0, "baddbmm": 1}  # where the first of two factors is
+TAKES = ("index_select", "gather")
 WRITES = ("index_put", "index_copy", "index_add", "index_reduce", "scatter", "scatter_add", "scatter_reduce")
 
 
@@ -42,6 +44,7 @@ class Following(TorchDispatchMode):
         self.n_rows, self.alone = n_rows, alone
         self._steps: dict[int, tuple[StorageWeakRef, int]] = {}  # by storage: bytes from row to row
         self._filled: set[int] = set()  # those storages that stem from no row
+        self._moved: set[int] = set()  # those that hold the rows in another order
         self._counted: dict[int, StorageWeakRef] = {}  # those of `arange`
 
     def start(self, tensor: torch.Tensor) -> None:
@@ -51,6 +54,13 @@ class Following(TorchDispatchMode):
 
     def place(self, tensor: Any) -> Optional[Place]:
         """Where the rows are in a tensor; None if nowhere, or if nothing is known of it."""
+        return None if self._is_moved(tensor) else self._place(tensor)
+
+    def _is_moved(self, tensor: Any) -> bool:
+        return isinstance(tensor, torch.Tensor) and _storage(tensor) in self._moved
+
+    def _place(self, tensor: Any) -> Optional[Place]:
+        """Where rows are in a tensor, in whatever order."""
         found = self._steps.get(_storage(tensor)) if isinstance(tensor, torch.Tensor) else None
         if found is None:
             return None
@@ -67,37 +77,74 @@ class Following(TorchDispatchMode):
             if made is not NotImplemented:
                 return made
         flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        places = [(tensor, place) for tensor in flat if (place := self.place(tensor)) is not None]
+        found = [(tensor, place) for tensor in flat if (place := self._place(tensor)) is not None]
+        places = [(tensor, place) for tensor, place in found if not self._is_moved(tensor)]
+        made, name = func(*args, **kwargs), func._schema.name.split("::")[1]
+        if not flat:
+            self._note_constant(name, made)
+        elif not found and name in ("cat", "stack"):
+            self._note_joined(name, func, args, kwargs, made)
+        elif not self._note_moved(func, args, kwargs, found, made) and places:
+            self._note_made(func, args, kwargs, places, made)
+        return made
+
+    def _note_constant(self, name: str, made: torch.Tensor) -> None:
+        if self.alone and name in FILLED and made.dim() > 1 and made.shape[0] == self.n_rows:
+            self._note(made, (0, 1), filled=True)
+        elif name == "arange":
+            self._counted[_storage(made)] = StorageWeakRef(made.untyped_storage())
+
+    def _note_moved(
+        self, func: Any, args: tuple, kwargs: dict, found: list[tuple[torch.Tensor, Place]], made: Any
+    ) -> bool:
+        """Whether an operation gives the rows in another order, its own or that of an input."""
+        name = func._schema.name.split("::")[1].rstrip("_")
+        moved = [(tensor, place) for tensor, place in found if self._is_moved(tensor)]
+        asks = name in PRODUCTS or "attention" in name  # the row that asks is the row, whatever it gets
+        if name.startswith("new_") or name.endswith("_like") or (asks and len(moved) < len(found)):
+            moved = []
+        any_moved = False
+        for out in filter(torch.is_tensor, pytree.tree_leaves(made)):
+            place = self._place_after(func, args, kwargs, moved, out)
+            for tensor, own in found:
+                if place is None and self._reorders(name, func, args, kwargs, tensor, own, made):
+                    place = own if out.dim() == tensor.dim() and out.shape[own[0]] == tensor.shape[own[0]] else None
+            if place is not None:
+                self._note(out, place, moved=True)
+                any_moved = True
+        return any_moved
+
+    def _note_made(
+        self, func: Any, args: tuple, kwargs: dict, places: list[tuple[torch.Tensor, Place]], made: Any
+    ) -> None:
+        name = func._schema.name.split("::")[1]
         certain = [(tensor, place) for tensor, place in places if _storage(tensor) not in self._filled]
         places, filled = certain or places, not certain
-        made = func(*args, **kwargs)
-        name = func._schema.name.split("::")[1]
-        if not flat and self.alone and name in FILLED and made.dim() > 1 and made.shape[0] == self.n_rows:
-            self._note(made, (0, 1), filled=True)
-        elif not flat and name == "arange":
-            self._counted[_storage(made)] = StorageWeakRef(made.untyped_storage())
-        elif places and name == "index":
+        if name == "index":
             self._note_indexed(args[0], args[1], made)
-        elif places and self._moves_rows(name.rstrip("_"), args):
+        elif (written := self._written(name.rstrip("_"), args)) is not None:
+            (dim, each), order = written
             self._steps.pop(_storage(made), None)
-        elif places and torch.Tag.dynamic_output_shape not in func.tags:
+            if self._crosses(order, min(dim, order.dim() - 1), each):
+                self._note(made, (dim, each), moved=True)
+        elif torch.Tag.dynamic_output_shape not in func.tags:
             for tensor in pytree.tree_leaves(made):
                 if isinstance(tensor, torch.Tensor) and self._is_new(tensor, filled):
                     place = self._place_after(func, args, kwargs, places, tensor)
                     if place is not None:
                         self._note(tensor, place, filled)
-        return made
 
     def _is_new(self, tensor: torch.Tensor, filled: bool) -> bool:
         key = _storage(tensor)
         return key not in self._steps or (key in self._filled and not filled)
 
-    def _note(self, tensor: torch.Tensor, place: Place, filled: bool = False) -> None:
+    def _note(self, tensor: torch.Tensor, place: Place, filled: bool = False, moved: bool = False) -> None:
         dim, each = place
         key, step = _storage(tensor), tensor.stride(dim) * tensor.itemsize * each
         if key and step:
             self._steps[key] = (StorageWeakRef(tensor.untyped_storage()), step)
             (self._filled.add if filled else self._filled.discard)(key)
+            (self._moved.add if moved else self._moved.discard)(key)
 
     def _place_after(
         self, func: Any, args: tuple, kwargs: dict, places: list[tuple[torch.Tensor, Place]], out: torch.Tensor
@@ -128,19 +175,57 @@ class Following(TorchDispatchMode):
                     return new, each
         return None
 
-    def _moves_rows(self, name: str, args: tuple) -> bool:
-        """Whether rows are written to other places than their own: `y[order] = x`."""
-        if name not in WRITES:
+    def _reorders(
+        self, name: str, func: Any, args: tuple, kwargs: dict, tensor: torch.Tensor, place: Place, made: Any
+    ) -> bool:
+        """Whether an operation takes the rows of a tensor in another order, in this call."""
+        dim, each = place
+        dims = _dims(func, args, kwargs, tensor.dim())
+        if name in ("flip", "roll"):
+            return dim in dims or not dims
+        if name == "index":
+            given = [(at, index) for at, index in enumerate(args[1]) if index is not None]
+            return tensor is args[0] and [at for at, _ in given] == [dim] and self._crosses(given[0][1], 0, each)
+        if dim not in dims or name not in (*TAKES, "sort") or tensor is not args[0]:
             return False
+        order = made[1] if name == "sort" else args[2]
+        return self._crosses(order, min(dim, order.dim() - 1), each)
+
+    def _note_joined(self, name: str, func: Any, args: tuple, kwargs: dict, made: torch.Tensor) -> None:
+        """Parts of one tensor, none of which has all rows, put together in their order or in another one."""
+        parts, (dim, *_) = args[0], _dims(func, args, kwargs, made.dim())
+        (key, *others) = {_storage(part) for part in parts}
+        if others or key not in self._steps or key in self._moved:
+            return
+        step, strides = self._steps[key][1], {part.stride(dim) * part.itemsize for part in parts if name == "cat"}
+        each = step // max(strides) if len(strides) == 1 and 0 < max(strides) <= step else 1
+        if made.shape[dim] != self.n_rows * each or (strides and strides != {step // each}):
+            return
+        starts = [part.storage_offset() * part.itemsize for part in parts]
+        if name == "cat" or len({start % step for start in starts}) == 1:
+            self._note(made, (dim, each), moved=starts != sorted(set(starts)))
+
+    def _crosses(self, order: torch.Tensor, dim: int, each: int) -> bool:
+        """Whether numbers of entries, in an order, are those of other rows."""
+        size = self.n_rows * each
+        if order.is_meta or order.dim() == 0 or order.dtype == torch.bool or order.shape[dim] != size:
+            return False
+        rows = torch.arange(size, device=order.device).view(-1, *[1] * (order.dim() - 1)) // each
+        return bool((order.movedim(dim, 0) % size // each != rows).any())
+
+    def _written(self, name: str, args: tuple) -> Optional[tuple[Place, torch.Tensor]]:
+        """Where rows are written to other places than their own, and to which: `y[order] = x`."""
+        if name not in WRITES:
+            return None
         place = self.place(args[2] if name == "index_put" else args[3])
         if place is None:
-            return False
-        into = (self.place(args[0]) or place)[0]
+            return None
+        into = self.place(args[0]) or place
         if name == "index_put":
-            at = args[1][into] if into < len(args[1]) else None
+            order = args[1][into[0]] if into[0] < len(args[1]) else None
         else:
-            at = args[2] if args[1] % args[0].dim() == into else None
-        return at is not None and _storage(at) not in self._counted
+            order = args[2] if args[1] % args[0].dim() == into[0] else None
+        return None if order is None or _storage(order) in self._counted else (into, order)
 
     def _note_indexed(self, tensor: torch.Tensor, indices: list[Optional[torch.Tensor]], out: torch.Tensor) -> None:
         """`x[:, i, j]`: the rows stay where no index picks among them; `x[arange(b), i]` has those of `i`."""
