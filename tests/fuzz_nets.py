@@ -37,6 +37,14 @@ def sorted_rows(lin: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return lin(x[order])[order.argsort()]
 
 
+def put_onto_others(lin: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return lin(torch.zeros_like(x) + x.flip(0)).flip(0)
+
+
+def in_parts(lin: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return lin(torch.cat(x.split(1)))
+
+
 def picked(lin: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Each token goes to one of two experts, of which one is adapted."""
     tokens = x.reshape(-1, D)
@@ -66,6 +74,8 @@ WAYS = {
     "windows": windows,
     "windows outside": windows_outside,
     "sorted": sorted_rows,
+    "put onto others": put_onto_others,
+    "in parts": in_parts,
     "picked": picked,
     "one by one": one_by_one,
     "checkpointed": checkpointed,
@@ -76,8 +86,14 @@ WAYS = {
     "images": None,  # the layer sees images, of which a row may have none or several
     "table": None,  # and a table of positions
 }
-MAY_REFUSE = {"windows outside", "sorted", "picked", "one by one", "images"}
-MOVED = {"flattened", "sequence first", "windows", "table"}  # followed exactly, where operations can be watched
+MAY_REFUSE = {"windows outside", "sorted", "put onto others", "picked", "one by one", "images"}
+MOVED = {
+    "flattened",
+    "sequence first",
+    "windows",
+    "in parts",
+    "table",
+}  # followed where operations can be watched
 PLAIN = ["plain", "flattened", "sequence first", "windows", "table"]  # followed exactly, and computed once
 
 

@@ -292,7 +292,7 @@ STEPS = ["add", "remove", "rename", "save", "write", "copy", "merge"]
 # ---------------------------------------------------------------------------------------------------------------- tests
 @some(2 * EXAMPLES)
 @given(
-    ways=hows(),
+    ways=hows() | hows(["images", "plain"]),
     kind=st.sampled_from(KINDS),
     n_tasks=st.integers(1, 4),
     shape=st.lists(st.integers(1, 4), max_size=3),
@@ -326,7 +326,7 @@ def test_rows_are_what_they_are_alone_or_refused(ways, kind, n_tasks, shape, lif
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=2),
     beams=st.integers(1, 3),
     guidance=st.sampled_from([None, None, 2.0]),
-    special=st.sampled_from(["", "ends", "tiled"]),
+    special=st.sampled_from(["ends", "", "tiled"]),
     data=st.data(),
 )
 def test_an_own_generate_gives_each_row_what_it_gives_the_row_alone(

@@ -200,8 +200,31 @@ def test_a_trace_follows_the_ids_that_it_is_called_with(kind, gradients, shape):
             torch.testing.assert_close(traced(x, torch.tensor(ids)), model(x, task_ids=ids))
         fewer = traced(x[:4], torch.tensor([2, 0, 1, 1]))
         torch.testing.assert_close(fewer, model(x[:4], task_ids=[2, 0, 1, 1]))
+        torch.testing.assert_close(traced(x[:1], torch.tensor([2])), model(x[:1], task_ids=[2]))
         with pytest.raises((IndexError, RuntimeError)):
             traced(x, torch.tensor([0, 0, 0, 0, 0, 3]))
+
+
+@each_kind
+@pytest.mark.parametrize("shape", [(1, 8), (1, 5, 8)])
+def test_a_trace_of_one_row_follows_the_ids_and_takes_more_rows(kind, shape):
+    model, x = made(kind), torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        traced = torch.jit.trace(WithIds(model), (x, torch.tensor([1])), check_trace=False)
+        for ids in ([0], [2], IDS):
+            rows = torch.randn(len(ids), *shape[1:], dtype=torch.float64)
+            torch.testing.assert_close(traced(rows, torch.tensor(ids)), model(rows, task_ids=ids))
+
+
+@each_kind
+@pytest.mark.parametrize("shape", [(5, 8), (5, 1, 8)])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_trace_of_one_task_takes_as_many_rows_as_come(kind, shape, rows):
+    model = made(kind)
+    with torch.no_grad(), model.use_task(2):
+        traced = torch.jit.trace(model, torch.randn(rows, *shape[1:], dtype=torch.float64), check_trace=False)
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(traced(x), model(x, task_ids=2))
 
 
 def test_an_exported_program_follows_the_ids(x):

@@ -21,6 +21,8 @@ from transformers import BertModel, PreTrainedTokenizerFast
 
 import peft_poly  # noqa: F401  # registers the method, for the adapter that is loaded here
 
+pytestmark = pytest.mark.xdist_group("train_multitask")  # its fixtures are costly: made once, by one worker
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = [
     "is", "it", "red", "blue", "green", "one", "two", "three", "cat", "dog",
@@ -313,7 +315,6 @@ def outcome(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.processes
-@pytest.mark.xdist_group("train_multitask")
 @pytest.mark.parametrize(
     "launcher",
     [

@@ -18,6 +18,8 @@ from typing import Optional
 
 import torch
 
+from ..tasks.transforms import is_traced
+
 __all__ = [
     "add_in_runs",
     "add_one",
@@ -48,13 +50,15 @@ def low_rank_update(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: fl
     Returns:
         `(b, ..., out)`.
     """
-    if A.shape[0] == 1:
+    traced = is_traced()
+    if A.shape[0] == 1 and not traced:
         return torch.matmul(torch.matmul(x, A[0]) * scale, B[0])
-    if x.shape[0] == A.shape[0]:  # no number of rows or tokens is worked out, for a trace would keep it
+    if x.shape[0] == A.shape[0] or A.shape[0] == 1:
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
     else:
         tokens = in_runs(x, A.shape[0])
-    return torch.bmm(torch.bmm(tokens, A) * scale, B).view(*x.shape[:-1], B.shape[-1])
+    product = torch.matmul if traced else torch.bmm  # the one goes on from a trace's single pair to one for each row
+    return product(product(tokens, A) * scale, B).view(*x.shape[:-1], B.shape[-1])
 
 
 def to_add_to(y: torch.Tensor, owned: bool) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 import torch
 
 from ..config import PolyConfig
-from .transforms import is_symbolic, readable
+from .transforms import is_symbolic, is_traced, readable
 
 __all__ = [
     "ROW_ARGUMENTS",
@@ -90,7 +90,7 @@ def resolve_tasks(
             "name for all rows."
         )
     if is_symbolic(ids):  # torch.func has many at once, a trace has no numbers; the look-up in the router checks them
-        traced = torch._C._get_tracing_state() is not None  # which may be called with more rows than one
+        traced = is_traced()  # which may be called with more rows than one
         return ids, one_for_all or (ids.shape[0] == 1 and not traced)
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
         torch._assert_async(

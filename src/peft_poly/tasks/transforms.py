@@ -12,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["is_symbolic", "is_transformed", "is_wrapped", "readable"]
+__all__ = ["is_symbolic", "is_traced", "is_transformed", "is_wrapped", "readable"]
 
 # Of `create_selective_checkpoint_contexts`: the one keeps, in the forward, the other gives back.
 SELECTIVE = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
@@ -23,13 +23,18 @@ def is_transformed() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or is_traced()
         or (torch._C._len_torch_dispatch_stack() > 0 and any(map(_keeps_some, _get_current_dispatch_mode_stack())))
     )
 
 
 def _keeps_some(mode: Any) -> bool:
     return type(mode).__name__ in SELECTIVE
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` looks on, which keeps what is chosen and every number that is worked out."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def is_wrapped(value: Any) -> bool:
@@ -39,7 +44,7 @@ def is_wrapped(value: Any) -> bool:
 
 def is_symbolic(ids: torch.Tensor) -> bool:
     """Whether the numbers of a tensor cannot be read: `torch.func.vmap` maps over it, or a trace is recorded."""
-    return not torch.compiler.is_compiling() and (is_wrapped(ids) or torch._C._get_tracing_state() is not None)
+    return not torch.compiler.is_compiling() and (is_wrapped(ids) or is_traced())
 
 
 def readable(ids: torch.Tensor) -> torch.Tensor:
