@@ -59,7 +59,7 @@ class Arguments:
         default_factory=lambda: [3e-3], metadata={"help": "Learning rates; each method takes its best one."}
     )
     seeds: int = HfArg(default=1, help="Runs of each method.")
-    blocks: int = HfArg(default=2, help="Adapt so many of the encoder's last blocks; 0 for all.")
+    blocks: int = HfArg(default=1, help="Adapt so many of the encoder's last blocks; 0 for all.")
 
 
 @dataclass(frozen=True)

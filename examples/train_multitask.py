@@ -70,7 +70,7 @@ class Arguments:
     max_length: int = HfArg(default=128, help="Longest text in tokens; the rest is cut off.")
     eval_split: str = HfArg(default="test", help="Split of the table. Choose settings on `validation`, report `test`.")
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One run each; the table has their mean."})
-    epochs: float = HfArg(default=4, help="Passes over the training rows.")
+    epochs: float = HfArg(default=3, help="Passes over the training rows.")
     max_steps: int = HfArg(default=-1, help="Stop after so many steps; -1 goes by the epochs.")
     warmup_steps: int = HfArg(default=10, help="Steps of warm-up; a linear decay to 0 follows.")
     batch_size: int = HfArg(default=32, help="Rows per step, drawn from all tasks together.")

@@ -14,7 +14,7 @@ from .statistics import Interval, mean_over_tasks
 
 __all__ = ["Comparison", "Settings"]
 
-MAJORITY = "commonest label of the task"
+MAJORITY = "commonest label"
 
 
 @dataclass(frozen=True)

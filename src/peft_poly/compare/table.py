@@ -24,28 +24,32 @@ def comparison_table(comparison: Comparison) -> Table:
     table = Table(
         title=f"Accuracy in %, mean over {len(comparison.tasks.names)} tasks, {len(comparison.tasks.test)} test rows",
         title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD,
+        collapse_padding=True, pad_edge=False,
     )  # fmt: skip
     table.add_column("method")
-    for heading in ("numbers\nthat learn", "rate", "accuracy", f"less {REFERENCE.name}"):
+    rates = len(set(comparison.rates.values())) > 1  # else a column for a terminal of 80 letters to spare
+    for heading in ("numbers\nthat learn", *(["rate"] if rates else []), "accuracy", f"less {REFERENCE.name}"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_row(MAJORITY, "0", "", _percent(comparison.accuracy(MAJORITY)), _less(comparison, MAJORITY))
+    none = [""] if rates else []
+    table.add_row(MAJORITY, "0", *none, _percent(comparison.accuracy(MAJORITY)), _less(comparison, MAJORITY))
     best = max(METHODS, key=lambda method: comparison.accuracy(method.name).mean)
     for method in METHODS:
-        cells = [f"{comparison.runs[method.name][0].parameters:,}", f"{comparison.rates[method.name]:g}"]
+        cells = [f"{comparison.runs[method.name][0].parameters:,}"]
+        cells += [f"{comparison.rates[method.name]:g}"] if rates else []
         cells += [_percent(comparison.accuracy(method.name)), _less(comparison, method.name)]
         table.add_row(method.name, *cells, style="bold" if method is best else "")
     return table
 
 
 def _percent(interval: Interval) -> str:
-    return f"{100 * interval.mean:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    return f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 def _less(comparison: Comparison, name: str) -> str:
     if name == REFERENCE.name:
         return ""
     found = comparison.difference(name, REFERENCE.name)
-    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def as_numbers(comparison: Comparison) -> dict[str, Any]:
