@@ -263,7 +263,13 @@ class TestRepacking:
         assert all(layer.support_avx512bf16_for_cpu for layer in four_bit(loaded))
         assert not any(layer.support_avx512bf16_for_cpu for layer in four_bit(loaded.train_all() or loaded.train()))
 
-    @pytest.mark.parametrize("door", [peft.get_peft_model, lambda model, config: model.add_adapter(config)])
+    @pytest.mark.parametrize(
+        "door",
+        [
+            peft.get_peft_model,
+            pytest.param(lambda model, config: model.add_adapter(config), marks=pytest.mark.transformers_door),
+        ],
+    )
     def test_a_base_model_that_was_called_before_is_not_trained_in_vain(self, base_folder, door):
         model = load_base(base_folder, "nf4", repacks=True)
         model.model.layers[1].mlp.gate_proj.weight.quant_state.packing_format_for_cpu = True  # as after such a call
