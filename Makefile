@@ -60,7 +60,7 @@ serve: $(VENV)/.demo $(VENV)/.serve ## answer requests for the tasks of the demo
 	$(BIN)/python examples/serve.py outputs/multitask $(SERVE_ARGS)
 
 test: $(VENV)/.test ## run the tests, all but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 test-servers: $(VENV)/.test $(VENV)/.llm ## exported tasks in vLLM and llama.cpp, over HTTP; makes their environments, half an hour
 	SERVERS=$(SERVERS) TORCH="$(TORCH)" $(BIN)/python -m pytest -m slow tests/servers $(PYTEST_ARGS)

@@ -22,8 +22,6 @@ from tiny import CASES, first, t5
 import peft_poly
 from peft_poly import compat, registration
 
-pytestmark = pytest.mark.xdist_group("registration")  # its fixtures are costly: made once, by one worker
-
 HERE = Path(__file__).parent
 HARNESS = """
 import json, os, sys

@@ -27,8 +27,6 @@ import peft_poly
 from peft_poly import PolyConfig, PolyLayer
 from peft_poly.checkpoints.export import exact_targets, export_lora, folder_names
 
-pytestmark = pytest.mark.xdist_group("export")  # its fixtures are costly: made once, by one worker
-
 HERE = Path(__file__).parents[1]  # the upstream process makes its models with `tiny`
 
 

@@ -17,8 +17,6 @@ from peft_poly.compare.learning.methods import METHODS
 from peft_poly.compare.plots import save_plot
 from peft_poly_cli import main
 
-pytestmark = pytest.mark.xdist_group("runs")  # its fixtures are costly: made once, by one worker
-
 SHORT = {"epochs": 1, "batch_size": 10, "rates": (0.01, 0.03), "seeds": 2, "blocks": 1}
 ALL = len(METHODS) * 3  # two rates at the first seed, one at the second
 

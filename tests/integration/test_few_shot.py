@@ -14,8 +14,6 @@ from transformers import BertModel, PreTrainedTokenizerFast
 
 from peft_poly import PolyLayer
 
-pytestmark = pytest.mark.xdist_group("few_shot")  # its fixtures are costly: made once, by one worker
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = ["is", "it", "red", "blue", "green", "one", "two", "three", "cat", "dog", "sun", "moon", "which", "animal"]
 OPTIONS = {"colour": ["red", "blue", "green"], "number": ["one", "two", "three"], "animal": ["cat", "dog"]}

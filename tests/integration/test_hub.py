@@ -19,8 +19,6 @@ from tiny import TASKS, llama
 
 from peft_poly.checkpoints import saving
 
-pytestmark = pytest.mark.xdist_group("hub")  # its fixtures are costly: made once, by one worker
-
 STEPS = Path(__file__).with_name("hub_steps.py")
 ADAPTER, BASE, LORA = "user/adapter", "user/base", "user/lora"
 

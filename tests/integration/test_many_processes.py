@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("many_processes")]
+pytestmark = pytest.mark.processes
 
 
 def results(folder: Path, step: str) -> list[dict[str, Any]]:

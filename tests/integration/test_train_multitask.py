@@ -21,8 +21,6 @@ from transformers import BertModel, PreTrainedTokenizerFast
 
 import peft_poly  # noqa: F401  # registers the method, for the adapter that is loaded here
 
-pytestmark = pytest.mark.xdist_group("train_multitask")  # its fixtures are costly: made once, by one worker
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = [
     "is", "it", "red", "blue", "green", "one", "two", "three", "cat", "dog",

@@ -34,8 +34,6 @@ from benchmarks.quality.rates import Rates
 from benchmarks.quality.statistics import bootstrap
 from benchmarks.quality.store import Store
 
-pytestmark = pytest.mark.xdist_group("bench_personal")  # its fixtures are costly: made once, by one worker
-
 INTENTS = ["pay", "card", "home", "trip"]
 RULE = Rule(trades=2, tenants=3, queues=2, differs=0.25, fewest=4, most=6, tested=4)
 TINY = Settings(

@@ -33,8 +33,6 @@ from benchmarks.quality.settings import Settings
 from benchmarks.quality.statistics import against_chance, clusters, compare, kinship, mean_and_error, rand_index
 from benchmarks.quality.store import Result, Store, Unit
 
-pytestmark = pytest.mark.xdist_group("bench_quality")  # its fixtures are costly: made once, by one worker
-
 THINGS = ["red", "blue", "green", "cat", "dog", "bird", "one", "two", "three"]
 WORDS = [*THINGS, "which", "colour", "animal", "number", "it", "is", "the"]
 TASKS = {

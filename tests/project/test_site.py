@@ -26,8 +26,6 @@ from sphinx.util.inventory import InventoryFile
 
 import peft_poly
 
-pytestmark = pytest.mark.xdist_group("site")  # its fixtures are costly: made once, by one worker
-
 ROOT = Path(__file__).parents[2]
 PUBLIC = ("peft_poly", "peft_poly.insight")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

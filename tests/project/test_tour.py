@@ -15,8 +15,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.xdist_group("tour")  # its fixtures are costly: made once, by one worker
-
 TOUR = Path(__file__).parents[2] / "examples/tour.ipynb"
 PICTURES = {"heat-map", "dendrogram", "dendrogram-with-the-new-task"}  # tags of the cells that draw
 
