@@ -71,6 +71,7 @@ def test_ids_that_do_not_fit_the_batches_are_an_error_where_they_do_not_go_with_
     assert len(write(["w5 w6"] * 4, batch_size=4, **settings)) == 4
 
 
+@pytest.mark.transformers_door
 @pytest.mark.parametrize("tasks", ["boolq", ["boolq"] * 4])
 def test_a_model_that_was_given_its_adapter_by_transformers_takes_them_too(tasks):
     torch.manual_seed(0)
