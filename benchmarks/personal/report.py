@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +14,7 @@ from ..quality.statistics import Interval, bootstrap, mean_and_error
 from .lines import LINES, REFERENCE, RIVALS, ROUTED, WAYS
 from .plan import Plan, Result, Unit
 
-__all__ = ["against", "case_table", "new_table", "plot", "tuning_table", "verdict"]
+__all__ = ["against", "case_table", "new_table", "plot", "size_table", "tuning_table", "verdict"]
 
 SETTINGS = ("numbers that learn", "rate", "router", "steps", "seeds")  # columns that are no results
 Table = list[dict[str, Any]]
@@ -119,7 +120,7 @@ def tuning_table(plan: Plan, case: str) -> Table:
 
 
 def verdict(plan: Plan, case: str) -> str:
-    """One sentence: is the best routed line ahead of each rival by more than two standard errors?"""
+    """Is the best routed line ahead of each rival by more than two standard errors, and of the best other line?"""
     found = many(plan, case)
     if any(rival not in found for rival in RIVALS):
         return f"{case}: not all lines are done."
@@ -131,9 +132,33 @@ def verdict(plan: Plan, case: str) -> str:
     ahead = {rival: against(found[best][1], found[rival][1]) for rival in RIVALS}
     level = [rival for rival, of in ahead.items() if of.mean <= 2 * of.error]
     figures = ", ".join(f"{of.mean:+.1f} ± {of.error:.1f} against {rival}" for rival, of in ahead.items())
+    said = f"{case}: {best} is ahead of all three rivals by more than two standard errors ({figures})."
     if level:
-        return f"{case}: {best} is not ahead of {' nor of '.join(level)} by two standard errors ({figures})."
-    return f"{case}: {best} is ahead of all three rivals by more than two standard errors ({figures})."
+        said = f"{case}: {best} is not ahead of {' nor of '.join(level)} by two standard errors ({figures})."
+    others = [line for line in found if line not in (*ROUTED, *RIVALS) and LINES[line].method is not None]
+    if others:
+        other = max(others, key=lambda line: _value(found[line][1], "accuracy"))
+        less = against(found[best][1], found[other][1])
+        said += f" Less {other}, the best of the others: {less.mean:+.1f} ± {less.error:.1f} (seeds of both)."
+    return said
+
+
+def size_table(plan: Plan, case: str, rows: Mapping[str, int]) -> Table:
+    """Accuracy of each line by how many training rows a task has; none where all have as many."""
+    parts: dict[int, list[str]] = defaultdict(list)  # by powers of two; the last has its end
+    for task, number in rows.items():
+        parts[min(number, max(rows.values()) - 1).bit_length()].append(task)
+    found = {line: by_task(scores, "accuracy", set(scores)) for line, (_, scores) in many(plan, case).items()}
+    if len(parts) < 2 or not found:
+        return []
+    return [
+        {
+            "rows": f"{min(rows[task] for task in tasks)} to {max(rows[task] for task in tasks)}",
+            "tasks": str(len(tasks)),
+        }
+        | {line: f"{fmean(of[task] for task in tasks):.1f}" for line, of in found.items()}
+        for _, tasks in sorted(parts.items())
+    ]
 
 
 def _settings(unit: Unit, scores: Scores) -> dict[str, str]:

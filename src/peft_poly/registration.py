@@ -47,9 +47,8 @@ __all__ = ["register"]
 MARK = "_peft_poly_wraps"
 NAME = "peft_poly"
 TRAINER = "transformers.trainer"
-CHECKPOINTING = "_checkpoint_without_reentrant_generator"
-if hasattr(checkpoint, f"{CHECKPOINTING}_impl"):  # from torch 2.15 on
-    CHECKPOINTING += "_impl"
+# what a checkpoint that is not reentrant runs by: the first from torch 2.15 on
+CHECKPOINTING = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
 
 
 def register() -> None:
@@ -64,7 +63,7 @@ def register() -> None:
     _wrap(GenerationMixin, "generate", _generating)
     for cls in GenerationMixin.__mro__[1:]:
         _wrap(cls, "init_continuous_batching", _in_its_own_thread)
-    _wrap(checkpoint, CHECKPOINTING, binding_first_argument)
+    _wrap(checkpoint, next(filter(functools.partial(hasattr, checkpoint), CHECKPOINTING)), binding_first_argument)
     _wrap(checkpoint.CheckpointFunction, "forward", binding_second_argument)
     for cls, steps in STEPS.items():
         for name, make in steps.items():

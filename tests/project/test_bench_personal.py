@@ -348,6 +348,18 @@ class TestReport:
         assert table[REFERENCE][f"less {REFERENCE}"] == ""
         assert table["gates"]["seeds"] == "2"
 
+    def test_accuracies_by_the_rows_of_a_task_are_means_of_the_tasks_that_have_so_many(self, plan):
+        tasks = sorted({result.task for unit, results in plan.store.done.items() for result in results
+                        if (unit.stage, unit.case) == ("many", "few")})  # fmt: skip
+        rows = dict(zip(tasks, [8, 15, *[17] * len(tasks)], strict=False))
+        few, many = report.size_table(plan, "few", rows)
+        assert (few["rows"], few["tasks"], many["rows"]) == ("8 to 15", "2", "17 to 17")
+        found = [result.accuracy for unit, results in plan.store.done.items() for result in results
+                 if (unit.stage, unit.case, unit.line) == ("many", "few", "Poly")
+                 and result.task in tasks[:2]]  # fmt: skip
+        assert few["Poly"] == f"{fmean(found):.1f}"
+        assert report.size_table(plan, "few", dict.fromkeys(tasks, 8)) == []
+
     def test_an_interval_is_of_the_tasks(self):
         one = {seed: {f"t{n}": Result(f"t{n}", 60.0 + n + seed, 0, 0, 1, 0) for n in range(30)} for seed in (0, 1)}
         other = {seed: {f"t{n}": Result(f"t{n}", 60.0 + seed, 0, 0, 1, 0) for n in range(30)} for seed in (0, 1)}
@@ -364,6 +376,7 @@ class TestReport:
         for case in ("few", "all"):
             assert report.verdict(plan, case).startswith(f"{case}: ")
             assert report.verdict(plan, case).count("against") == 3
+            assert "the best of the others" in report.verdict(plan, case)
         report.plot(plan, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -27,18 +27,22 @@ def comparison_table(comparison: Comparison) -> Table:
         collapse_padding=True, pad_edge=False,
     )  # fmt: skip
     table.add_column("method")
-    rates = len(set(comparison.rates.values())) > 1  # else a column for a terminal of 80 letters to spare
-    for heading in ("numbers\nthat learn", *(["rate"] if rates else []), "accuracy", f"less {REFERENCE.name}"):
+    lines = {name: _line(comparison, name) for name in (MAJORITY, *(method.name for method in METHODS))}
+    for heading in lines[MAJORITY]:
         table.add_column(heading, justify="right", no_wrap=True)
-    none = [""] if rates else []
-    table.add_row(MAJORITY, "0", *none, _percent(comparison.accuracy(MAJORITY)), _less(comparison, MAJORITY))
-    best = max(METHODS, key=lambda method: comparison.accuracy(method.name).mean)
-    for method in METHODS:
-        cells = [f"{comparison.runs[method.name][0].parameters:,}"]
-        cells += [f"{comparison.rates[method.name]:g}"] if rates else []
-        cells += [_percent(comparison.accuracy(method.name)), _less(comparison, method.name)]
-        table.add_row(method.name, *cells, style="bold" if method is best else "")
+    best = max((method.name for method in METHODS), key=lambda name: comparison.accuracy(name).mean)
+    for name, line in lines.items():
+        table.add_row(name, *line.values(), style="bold" if name == best else "")
     return table
+
+
+def _line(comparison: Comparison, name: str) -> dict[str, str]:
+    """Cells by their headings. One rate for all says nothing, and a terminal of 80 letters has no room for it."""
+    runs = comparison.runs.get(name)
+    line = {"numbers\nthat learn": f"{runs[0].parameters:,}" if runs else "0"}
+    if len(set(comparison.rates.values())) > 1:
+        line["rate"] = f"{comparison.rates[name]:g}" if runs else ""
+    return line | {"accuracy": _percent(comparison.accuracy(name)), f"less {REFERENCE.name}": _less(comparison, name)}
 
 
 def _percent(interval: Interval) -> str:

@@ -16,12 +16,14 @@ from typing import Any, Optional
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .operations import Operation, tensors_in
 
 __all__ = ["Following"]
 
 Place = tuple[int, int]  # dimension of the rows, and how many entries of it each row has
+Places = list[tuple[torch.Tensor, Place]]
 LEFT = ("embedding",)  # operations that append dimensions; others put new ones in front
 FILLED = ("zeros", "ones", "full")
 MADE_ANEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
@@ -76,63 +78,60 @@ class Following(TorchDispatchMode):
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
-        flat = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        found = [(tensor, place) for tensor in flat if (place := self._place(tensor)) is not None]
-        places = [(tensor, place) for tensor, place in found if not self._is_moved(tensor)]
-        made, name = func(*args, **kwargs), func._schema.name.split("::")[1]
-        if not flat:
-            self._note_constant(name, made)
-        elif not found and name in ("cat", "stack"):
-            self._note_joined(name, func, args, kwargs, made)
-        elif not self._note_moved(func, args, kwargs, found, made) and places:
-            self._note_made(func, args, kwargs, places, made)
+        operation = Operation(func, args, kwargs)
+        tensors = operation.tensors
+        places: Places = []
+        moved: Places = []
+        for tensor in tensors:
+            if (place := self._place(tensor)) is not None:
+                (moved if self._is_moved(tensor) else places).append((tensor, place))
+        made = func(*args, **kwargs)
+        if not tensors:
+            self._note_constant(operation, made)
+        elif not (places or moved) and operation.name in ("cat", "stack"):
+            self._note_joined(operation, made)
+        elif not self._note_moved(operation, places, moved, made) and places:
+            self._note_made(operation, places, made)
         return made
 
-    def _note_constant(self, name: str, made: torch.Tensor) -> None:
-        if self.alone and name in FILLED and made.dim() > 1 and made.shape[0] == self.n_rows:
+    def _note_constant(self, operation: Operation, made: torch.Tensor) -> None:
+        if self.alone and operation.name in FILLED and made.dim() > 1 and made.shape[0] == self.n_rows:
             self._note(made, (0, 1), filled=True)
-        elif name == "arange":
+        elif operation.name == "arange":
             self._counted[_storage(made)] = StorageWeakRef(made.untyped_storage())
 
-    def _note_moved(
-        self, func: Any, args: tuple, kwargs: dict, found: list[tuple[torch.Tensor, Place]], made: Any
-    ) -> bool:
+    def _note_moved(self, operation: Operation, places: Places, moved: Places, made: Any) -> bool:
         """Whether an operation gives the rows in another order, its own or that of an input."""
-        name = func._schema.name.split("::")[1].rstrip("_")
-        moved = [(tensor, place) for tensor, place in found if self._is_moved(tensor)]
+        name, found = operation.name, [*places, *moved]
         asks = name in PRODUCTS or "attention" in name  # the row that asks is the row, whatever it gets
-        if name.startswith("new_") or name.endswith("_like") or (asks and len(moved) < len(found)):
+        if name.startswith("new_") or name.endswith("_like") or (asks and places):
             moved = []
         any_moved = False
-        for out in filter(torch.is_tensor, pytree.tree_leaves(made)):
-            place = self._place_after(func, args, kwargs, moved, out)
+        for out in tensors_in(made):
+            place = self._place_after(operation, moved, out)
             for tensor, own in found:
-                if place is None and self._reorders(name, func, args, kwargs, tensor, own, made):
+                if place is None and self._reorders(operation, tensor, own, made):
                     place = own if out.dim() == tensor.dim() and out.shape[own[0]] == tensor.shape[own[0]] else None
             if place is not None:
                 self._note(out, place, moved=True)
                 any_moved = True
         return any_moved
 
-    def _note_made(
-        self, func: Any, args: tuple, kwargs: dict, places: list[tuple[torch.Tensor, Place]], made: Any
-    ) -> None:
-        name = func._schema.name.split("::")[1]
+    def _note_made(self, operation: Operation, places: Places, made: Any) -> None:
         certain = [(tensor, place) for tensor, place in places if _storage(tensor) not in self._filled]
         places, filled = certain or places, not certain
-        if name == "index":
-            self._note_indexed(args[0], args[1], made)
-        elif (written := self._written(name.rstrip("_"), args)) is not None:
+        if operation.name == "index":
+            self._note_indexed(operation.args[0], operation.args[1], made)
+        elif (written := self._written(operation)) is not None:
             (dim, each), order = written
             self._steps.pop(_storage(made), None)
             if self._crosses(order, min(dim, order.dim() - 1), each):
                 self._note(made, (dim, each), moved=True)
-        elif torch.Tag.dynamic_output_shape not in func.tags:
-            for tensor in pytree.tree_leaves(made):
-                if isinstance(tensor, torch.Tensor) and self._is_new(tensor, filled):
-                    place = self._place_after(func, args, kwargs, places, tensor)
-                    if place is not None:
-                        self._note(tensor, place, filled)
+        elif torch.Tag.dynamic_output_shape not in operation.func.tags:
+            for tensor in tensors_in(made):
+                place = self._place_after(operation, places, tensor) if self._is_new(tensor, filled) else None
+                if place is not None:
+                    self._note(tensor, place, filled)
 
     def _is_new(self, tensor: torch.Tensor, filled: bool) -> bool:
         key = _storage(tensor)
@@ -146,20 +145,18 @@ class Following(TorchDispatchMode):
             (self._filled.add if filled else self._filled.discard)(key)
             (self._moved.add if moved else self._moved.discard)(key)
 
-    def _place_after(
-        self, func: Any, args: tuple, kwargs: dict, places: list[tuple[torch.Tensor, Place]], out: torch.Tensor
-    ) -> Optional[Place]:
-        name = func._schema.name.split("::")[1].rstrip("_")
+    def _place_after(self, operation: Operation, places: Places, out: torch.Tensor) -> Optional[Place]:
+        name = operation.name
         for tensor, (dim, each) in places:
             if name in MADE_ANEW and out.shape != tensor.shape:
                 continue
             if name in PRODUCTS:
-                first, second = args[PRODUCTS[name] : PRODUCTS[name] + 2]
+                first, second = operation.args[PRODUCTS[name] : PRODUCTS[name] + 2]
                 kept = (tensor is first and dim != tensor.dim() - 1) or (tensor is second and dim != tensor.dim() - 2)
                 if kept and dim < out.dim() and out.shape[dim] == tensor.shape[dim]:
                     return dim, each
                 continue
-            reduced = _dims(func, args, kwargs, tensor.dim())
+            reduced = operation.dims(tensor.dim())
             if name == "stack":
                 new = reduced[0] if reduced else 0
                 after = [dim if dim < new else dim + 1]
@@ -175,12 +172,9 @@ class Following(TorchDispatchMode):
                     return new, each
         return None
 
-    def _reorders(
-        self, name: str, func: Any, args: tuple, kwargs: dict, tensor: torch.Tensor, place: Place, made: Any
-    ) -> bool:
+    def _reorders(self, operation: Operation, tensor: torch.Tensor, place: Place, made: Any) -> bool:
         """Whether an operation takes the rows of a tensor in another order, in this call."""
-        dim, each = place
-        dims = _dims(func, args, kwargs, tensor.dim())
+        name, args, dims, (dim, each) = operation.name, operation.args, operation.dims(tensor.dim()), place
         if name in ("flip", "roll"):
             return dim in dims or not dims
         if name == "index":
@@ -191,9 +185,9 @@ class Following(TorchDispatchMode):
         order = made[1] if name == "sort" else args[2]
         return self._crosses(order, min(dim, order.dim() - 1), each)
 
-    def _note_joined(self, name: str, func: Any, args: tuple, kwargs: dict, made: torch.Tensor) -> None:
+    def _note_joined(self, operation: Operation, made: torch.Tensor) -> None:
         """Parts of one tensor, none of which has all rows, put together in their order or in another one."""
-        parts, (dim, *_) = args[0], _dims(func, args, kwargs, made.dim())
+        name, parts, (dim, *_) = operation.name, operation.args[0], operation.dims(made.dim())
         (key, *others) = {_storage(part) for part in parts}
         if others or key not in self._steps or key in self._moved:
             return
@@ -213,8 +207,9 @@ class Following(TorchDispatchMode):
         rows = torch.arange(size, device=order.device).view(-1, *[1] * (order.dim() - 1)) // each
         return bool((order.movedim(dim, 0) % size // each != rows).any())
 
-    def _written(self, name: str, args: tuple) -> Optional[tuple[Place, torch.Tensor]]:
+    def _written(self, operation: Operation) -> Optional[tuple[Place, torch.Tensor]]:
         """Where rows are written to other places than their own, and to which: `y[order] = x`."""
+        name, args = operation.name, operation.args
         if name not in WRITES:
             return None
         place = self.place(args[2] if name == "index_put" else args[3])
@@ -258,13 +253,3 @@ def _storage(tensor: torch.Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return 0
-
-
-def _dims(func: Any, args: tuple, kwargs: dict, n_dims: int) -> list[int]:
-    """The dimensions that an operation is told to work on."""
-    for at, argument in enumerate(func._schema.arguments):
-        if argument.name in ("dim", "dims", "dim0", "axis"):
-            told = args[at] if at < len(args) else kwargs.get(argument.name, argument.default_value)
-            told = [told] if isinstance(told, int) else told
-            return [dim % n_dims for dim in told or () if isinstance(dim, int) and n_dims]
-    return []
