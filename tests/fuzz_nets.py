@@ -87,13 +87,7 @@ WAYS = {
     "table": None,  # and a table of positions
 }
 MAY_REFUSE = {"windows outside", "sorted", "put onto others", "picked", "one by one", "images"}
-MOVED = {
-    "flattened",
-    "sequence first",
-    "windows",
-    "in parts",
-    "table",
-}  # followed where operations can be watched
+MOVED = {"flattened", "sequence first", "windows", "in parts", "table"}  # followed where there is a way to watch
 PLAIN = ["plain", "flattened", "sequence first", "windows", "table"]  # followed exactly, and computed once
 
 

@@ -320,7 +320,7 @@ def test_rows_are_what_they_are_alone_or_refused(ways, kind, n_tasks, shape, lif
 
 @some(2 * EXAMPLES)
 @given(
-    ways=hows([*PLAIN, "tied", "windows outside"]),
+    ways=hows([*PLAIN, "tied", "windows outside"]) | hows([way for way in WAYS if way != "images"]),
     kind=st.sampled_from(KINDS),
     tasks=st.just(["t0", "t1"]) | st.lists(st.sampled_from(["t0", "t1"]), min_size=1, max_size=3),
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=2),

@@ -106,9 +106,8 @@ def place_of_rows(layer: Followed, x: torch.Tensor, batch: TaskBatch, advice: st
         # and meanwhile only a shape that nothing but rows can have will do.
         if call is not None:
             call.kinds.discard(call.kind)
-        flat = x.dim() == 2 and (
-            is_wrapped(x) or x.shape[0] == n_rows == 1
-        )  # what is not followed: one row's, functorch's
+        # Nor is a call of one row followed, or what `torch.func` computes.
+        flat = x.dim() == 2 and (is_wrapped(x) or x.shape[0] == n_rows == 1)
         has_rows = flat or (x.dim() > 2 and x.shape[1] != n_rows)
         dim = 0 if call is None or (has_rows and not call.unclear) else LOST
     else:
