@@ -151,13 +151,13 @@ def size_table(plan: Plan, case: str, rows: Mapping[str, int]) -> Table:
     found = {line: by_task(scores, "accuracy", set(scores)) for line, (_, scores) in many(plan, case).items()}
     if len(parts) < 2 or not found:
         return []
+    columns: dict[str, list[str]] = {}
+    for _, tasks in sorted(parts.items()):
+        numbers = [rows[task] for task in tasks]
+        columns[f"{min(numbers)} to {max(numbers)} rows ({len(tasks)} tasks)"] = tasks
     return [
-        {
-            "rows": f"{min(rows[task] for task in tasks)} to {max(rows[task] for task in tasks)}",
-            "tasks": str(len(tasks)),
-        }
-        | {line: f"{fmean(of[task] for task in tasks):.1f}" for line, of in found.items()}
-        for _, tasks in sorted(parts.items())
+        {"method": line, **{column: f"{fmean(of[task] for task in tasks):.1f}" for column, tasks in columns.items()}}
+        for line, of in found.items()
     ]
 
 

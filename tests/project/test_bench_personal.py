@@ -352,12 +352,13 @@ class TestReport:
         tasks = sorted({result.task for unit, results in plan.store.done.items() for result in results
                         if (unit.stage, unit.case) == ("many", "few")})  # fmt: skip
         rows = dict(zip(tasks, [8, 15, *[17] * len(tasks)], strict=False))
-        few, many = report.size_table(plan, "few", rows)
-        assert (few["rows"], few["tasks"], many["rows"]) == ("8 to 15", "2", "17 to 17")
+        table = {row["method"]: row for row in report.size_table(plan, "few", rows)}
+        assert list(table) == list(LINES)
+        assert list(table["Poly"])[1:] == ["8 to 15 rows (2 tasks)", f"17 to 17 rows ({len(tasks) - 2} tasks)"]
         found = [result.accuracy for unit, results in plan.store.done.items() for result in results
                  if (unit.stage, unit.case, unit.line) == ("many", "few", "Poly")
                  and result.task in tasks[:2]]  # fmt: skip
-        assert few["Poly"] == f"{fmean(found):.1f}"
+        assert table["Poly"]["8 to 15 rows (2 tasks)"] == f"{fmean(found):.1f}"
         assert report.size_table(plan, "few", dict.fromkeys(tasks, 8)) == []
 
     def test_an_interval_is_of_the_tasks(self):
