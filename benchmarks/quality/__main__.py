@@ -21,7 +21,9 @@ if __name__ == "__main__":  # importing it changes no logging
 import argparse
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -47,6 +49,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held-out", nargs="*", default=list(HELD_OUT), help="tasks that come later, from few rows")
     parser.add_argument("--model", default="", help="folder of a BERT-like encoder; empty for MiniLM from its package")
     parser.add_argument("--quick", action="store_true", help="one seed, fewer steps, nothing tuned: ten minutes")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=("longer", "long"),
+        default=[],
+        help="these tables of longer training alone, at the rates that `lines` has: nothing is tuned",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread (default: 2)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file and the plots")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/quality"), help="hidden states, trained adapters")
@@ -62,7 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    source = Source(args.data, tuple(args.held_out), args.model, args.outputs, QUICK if args.quick else FULL)
+    settings = QUICK if args.quick else FULL
+    if args.only:
+        command += f" BENCH_ARGS='--only {' '.join(args.only)}'"
+        settings = replace(settings, tune=False, only=tuple(args.only))
+    source = Source(args.data, tuple(args.held_out), args.model, args.outputs, settings)
     console.print(f"Tasks of {args.data}; their hidden states, if not in {args.outputs}, take a minute or two")
     try:
         run = Run(source)
@@ -98,19 +111,13 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
     for title, rows in tables.items():
         if rows:
             console.print(printed(title, rows, report.SETTINGS))
-    if not report.multi_task(plan):
-        return
-    plots.plot_tables(plan, path.with_suffix(".png"))
-    if report.multi_task(plan, "long"):
-        plots.plot_steps(plan, path.with_name(f"{path.name}-steps.png"))
     looked = []
-    for table in ("main", "long", "longer"):  # the picture is of the last, the longest trained
-        if best := routing.best_routed(plan, table):
-            looked += routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png"))
-    if looked:
-        console.print(printed("What the routers learned", looked, report.SETTINGS))
-    else:
-        console.print(f"No look at the routers: the adapters of these results are not in {args.outputs}.")
+    if report.multi_task(plan):
+        looked = _pictures(run, plan, path)
+        if looked:
+            console.print(printed("What the routers learned", looked, report.SETTINGS))
+        else:
+            console.print(f"No look at the routers: the adapters of these results are not in {args.outputs}.")
     if args.docs:
         rows = {**run.tasks.known, **run.tasks.held_out}
         guesses = {task: chance(run.tasks.rows(task, "test")) for task in rows}
@@ -121,6 +128,18 @@ def _report(args: argparse.Namespace, run: Run, plan: Plan, path: Path) -> None:
             else results.about("make bench-quality")
         )
         report.write(args.docs, plan, about, looked, guesses)
+
+
+def _pictures(run: Run, plan: Plan, path: Path) -> list[dict[str, Any]]:
+    """Draws all that is done; what the routers of the best lines learned comes back."""
+    plots.plot_tables(plan, path.with_suffix(".png"))
+    if report.multi_task(plan, "long"):
+        plots.plot_steps(plan, path.with_name(f"{path.name}-steps.png"))
+    looked: list[dict[str, Any]] = []
+    for table in ("main", "long", "longer"):  # the picture is of the last, the longest trained
+        if best := routing.best_routed(plan, table):
+            looked += routing.look(run, plan, best, path.with_name(f"{path.name}-routing.png"))
+    return looked
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ class Plan:
 
     def _slots(self) -> Iterator[Slot]:
         s = self.settings
+        for table in s.only:
+            yield from self._many(table)
+        if s.only:
+            return
         if s.tune:
             for line in MANY:
                 for rates in MANY[line].grid:

@@ -22,6 +22,7 @@ class Settings:
         tune_seed: of the runs that rates are chosen by, on validation rows.
         tune: choose rates; else those that `lines` has.
         tune_steps: of those runs: half as many, for they are many.
+        only: these tables of longer training alone, and nothing of few rows; empty for all.
         extra: the tables of longer training, of all layers and of texts without instructions, too.
         few_steps, few_batch: of training on a few rows.
         shots: numbers of those rows.
@@ -35,6 +36,7 @@ class Settings:
         "tune",
         "tune_steps",
         "extra",
+        "only",
         "few_steps",
         "shots",
         "draws",
@@ -54,6 +56,7 @@ class Settings:
     tune: bool = True
     tune_steps: int = 100
     extra: bool = True
+    only: tuple[str, ...] = ()
     few_steps: int = 20
     few_batch: int = 8
     shots: tuple[int, ...] = (16, 32)

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -494,6 +495,28 @@ class TestReport:
         command.main(["--data", str(source.data), "--held-out", "later", "--report-only", *folders])
         assert "have no options to choose from: free" in capsys.readouterr().out
         assert (tmp_path / "quality.png").exists()
+
+    def test_one_table_of_longer_training_runs_alone_at_the_rates_that_its_lines_have(
+        self, source, run, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.setattr(command, "FULL", TINY)
+        settings = dataclasses.replace(TINY, tune=False, only=("longer",))
+        plan = Plan(settings, run.setup, Store(tmp_path / "quality.csv"))
+        finish(plan, run)
+        longer = [line for line in MANY if MANY[line].table == "longer"]
+        assert {(u.stage, u.line, u.seed) for u in plan.store.done} == set(product(["many"], longer, TINY.seeds))
+        assert all(unit.rates == str(MANY[MANY[unit.line].like].rates) for unit in plan.store.done)
+        docs = tmp_path / "quality.md"
+        written = ["quality-longer", "quality-longer-best", "quality-tasks-longer"]
+        tables = (f"<!-- {name} -->\nold {name}\n<!-- /{name} -->" for name in ("quality", *written))
+        docs.write_text("\n".join(tables), encoding="utf-8")
+        folders = ["--model", source.model, "--results", str(tmp_path), "--outputs", str(source.outputs)]
+        wanted = ["--only", "longer", "--report-only", "--docs", str(docs)]
+        command.main(["--data", str(source.data), "--held-out", "later", *wanted, *folders])
+        text = docs.read_text(encoding="utf-8")
+        assert "old quality\n" in text
+        assert not any(f"old {name}" in text for name in written)
+        assert all(f"| {line} |" in text for line in longer)
 
 
 def test_settings_of_the_router_are_compared_with_the_router_that_they_change(finished):
