@@ -20,13 +20,13 @@ from .adapter.labelled.calls import LabelledCalls
 from .adapter.labelled.classifiers import (
     check_has_head,
     describe_labels,
+    freeze_shared_layers,
     give_back_layers,
     heads_of,
     install_heads,
     replace_heads,
     reserve_layers,
     tell_heads,
-    train_shared_layers,
 )
 from .adapter.names import check_adapter_name
 from .adapter.routed_calls import RoutedCalls
@@ -289,7 +289,7 @@ class PolyModel(RoutedCalls, TaskVerbs, MergeAndExport, BaseTuner):
             let_gradients_pass(self.model)  # one that was loaded for inference, and thawed, is here for the first time
         for name in self.active_adapters if mode else ():  # PEFT thaws `modules_to_save` when adapters are switched
             if is_router_only(self._layers(), name):
-                train_shared_layers(self.model, cast(PolyConfig, self.peft_config[name]), name, False)
+                freeze_shared_layers(self.model, cast(PolyConfig, self.peft_config[name]), name)
         return super().train(mode)
 
     @property

@@ -72,6 +72,17 @@ def test_rows_too_few_to_tell_are_said_to_be_so():
     assert said.endswith("take the simpler: train one LoRA on all rows.")
 
 
+def test_a_difference_that_is_printed_as_none_is_none(monkeypatch):
+    found = comparison({**BASE, POLY: 0.9, GATES: 0.6})
+    interval = type(found.accuracy(POLY))
+    difference = {"commonest label": interval(0.4, 0.3, 0.5)}
+    monkeypatch.setattr(Comparison, "difference", lambda self, a, b: difference.get(b, interval(0.015, 0.0004, 0.031)))
+    assert "+1.5 (95 % interval +0.0 to +3.1)" in verdict(found)
+    assert verdict(found).startswith("These test rows do not tell Poly, head per task from one shared LoRA")
+    monkeypatch.setattr(Comparison, "difference", lambda self, a, b: difference.get(b, interval(0.015, 0.0006, 0.031)))
+    assert verdict(found).startswith("For these tasks routing pays")
+
+
 @pytest.mark.parametrize("share", [0.5, 0.3])
 def test_nothing_learnt_is_said_before_anything_is_advised(share):
     said = verdict(comparison(dict.fromkeys(NAMES, share)))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from labelled import LABELS, MODELS, N_LABELS, NAMES, adapted, bert, config, targets, text
+from safetensors.torch import load_file
 
 from peft_poly import TaskHeads, use_task
 from peft_poly.labels import read_task_labels
@@ -153,6 +154,17 @@ class TestOut:
         assert done.returncode == 0, done.stderr
         labels = read_task_labels(LABELS, NAMES)
         assert done.stdout.splitlines() == [f"{n} {len(k)} {list(k.names)}" for n, k in labels.items()]
+
+    def test_the_warning_counts_the_whole_tensors_that_a_folder_has(self, tmp_path):
+        for name, first in (("bert", "classifier"), ("roberta", "classifier.dense")):
+            model = adapted(MODELS[name].make(), target_modules=MODELS[name].targets)
+            with pytest.warns(UserWarning, match="whole tensor") as caught:
+                model.export_lora("genres", tmp_path / name)
+            keys = [key for key in load_file(tmp_path / name / "adapter_model.safetensors") if ".lora_" not in key]
+            said = next(str(warning.message) for warning in caught if "whole tensor" in str(warning.message))
+            assert f"has {len(keys)} whole tensor(s)" in said
+            assert f"such as {min(keys)}." in said
+            assert f"{first}.bias" in min(keys)
 
     def test_the_card_lists_the_labels(self, tmp_path):
         adapted().save_pretrained(tmp_path)

@@ -42,6 +42,11 @@ class TestDescribed:
     def test_a_list_of_one_is_its_label_as_columns_of_lists_have_it(self):
         assert label_tensor([[1], [2.5]], [0, 2], READ)[:, 0].tolist() == [1, 2.5]
 
+    def test_an_empty_list_of_names_is_none_of_them(self):
+        assert label_tensor([[], ["love"]], [3, 3], READ)[:, :3].tolist() == [[0, 0, 0], [0, 0, 1]]
+        with pytest.raises(ValueError, match=r"has the label \[\]. It must be a class"):
+            label_tensor([[]], [0], READ)
+
     @pytest.mark.parametrize("left", [False, True])
     def test_tokens_are_filled_up_where_the_text_is(self, left):
         labels = read_task_labels({"tag": ["O", "X"], "size": 1}, ["tag", "size"])

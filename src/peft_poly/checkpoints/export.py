@@ -111,6 +111,10 @@ class _Source:
     heads: dict[str, TaskHeads]
     base_name: Optional[str]
 
+    @property
+    def without_heads(self) -> dict[str, torch.Tensor]:
+        return {key: tensor for key, tensor in self.others.items() if not key.startswith(tuple(self.heads))}
+
 
 def _source(model: nn.Module, adapter_name: Optional[str]) -> _Source:
     model = getattr(model, "_orig_mod", model)
@@ -129,7 +133,9 @@ def _source(model: nn.Module, adapter_name: Optional[str]) -> _Source:
         _check_whole(name, layer, adapter, config)
     base_name = config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
     heads = {f"{PREFIX}{name.replace('_orig_mod.', '')}.": module for name, module in named_heads(root, adapter)}
-    return _Source(adapter, config, root, layers, _other_tensors(tuner, root, adapter), heads, base_name)
+    source = _Source(adapter, config, root, layers, _other_tensors(tuner, root, adapter), heads, base_name)
+    _warn_of_whole_tensors(source)
+    return source
 
 
 def _only_active(layers: Iterable[PolyLayer]) -> str:
@@ -159,13 +165,18 @@ def _other_tensors(tuner: nn.Module, root: nn.Module, adapter: str) -> dict[str,
         return {}
     prefix = PREFIX if tuner is root else PREFIX.removesuffix("model.")
     tensors = get_peft_model_state_dict(tuner, adapter_name=adapter)
-    kept = {f"{prefix}{key}": tensor for key, tensor in tensors.items() if f".{PolyLayer.prefix}" not in f".{key}"}
-    if kept:
+    return {f"{prefix}{key}": tensor for key, tensor in tensors.items() if f".{PolyLayer.prefix}" not in f".{key}"}
+
+
+def _warn_of_whole_tensors(source: _Source) -> None:
+    """Count what is in a folder: of heads those of its task."""
+    names = list(source.without_heads)
+    names += [f"{prefix}{name}" for prefix, heads in source.heads.items() for name in heads.linear(0).state_dict()]
+    if names:
         warnings.warn(
-            f"Beside its low-rank pairs the LoRA has {len(kept)} whole tensor(s) of `modules_to_save` or embeddings, "
-            f"such as {min(kept)}. PEFT loads them; some servers, vLLM among them, refuse such an adapter."
+            f"Beside its low-rank pairs the LoRA has {len(names)} whole tensor(s) of `modules_to_save` or embeddings, "
+            f"such as {min(names)}. PEFT loads them; some servers, vLLM among them, refuse such an adapter."
         )
-    return kept
 
 
 def _task_id(task: Any, source: _Source) -> int:
@@ -197,8 +208,7 @@ def _write(source: _Source, lora_config: LoraConfig, task_id: int, folder: Path,
 
 @torch.no_grad()
 def _tensors(source: _Source, task_id: int) -> dict[str, torch.Tensor]:
-    of_heads = tuple(source.heads)
-    kept = {key: tensor for key, tensor in source.others.items() if not of_heads or not key.startswith(of_heads)}
+    kept = source.without_heads
     for prefix, heads in source.heads.items():
         kept |= {f"{prefix}{name}": tensor for name, tensor in _head(source, heads, task_id).state_dict().items()}
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in kept.items()}

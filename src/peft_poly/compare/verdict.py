@@ -21,14 +21,14 @@ def verdict(comparison: Comparison) -> str:
     routed = max((m for m in METHODS if m.routed), key=lambda method: comparison.validation(method.name))
     best = max(METHODS, key=lambda method: comparison.validation(method.name))
     learnt = comparison.difference(best.name, MAJORITY)
-    if learnt.low <= 0:
+    if not _is_ahead(learnt):
         return (
             f"Nothing was learnt that the commonest label does not say: {best.name} is {points(learnt)} points from it."
             " More training rows, more epochs or another encoder come before the choice of a method."
         )
     rivals = {m: comparison.difference(routed.name, m.name) for m in METHODS if not m.routed}
-    ahead = [method for method, found in rivals.items() if found.high < 0]
-    level = [method for method, found in rivals.items() if found.low <= 0 <= found.high]
+    ahead = [method for method, found in rivals.items() if _is_ahead(_turned(found))]
+    level = [method for method, found in rivals.items() if not _is_ahead(found) and method not in ahead]
     if ahead:
         winner = max(ahead, key=lambda method: comparison.validation(method.name))
         return (
@@ -54,6 +54,11 @@ def _simplest(routed: Method, rival: Method, difference: Interval) -> str:
         f"These test rows do not tell {routed.name} from {rival.name}: it is {points(difference)} points from it. "
         f"Until more test rows or seeds decide, take the simpler: {rival.advice}."
     )
+
+
+def _is_ahead(difference: Interval) -> bool:
+    """Whether the interval is above 0 as it is printed: `+0.0` says that it is not."""
+    return round(100 * difference.low, 1) > 0
 
 
 def points(interval: Interval) -> str:

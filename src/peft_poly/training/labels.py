@@ -29,8 +29,8 @@ def label_tensor(
     """The labels of rows, checked against those of their tasks.
 
     Args:
-        values: for each row a class (its index or name), a number, or a list of zeros and ones or of names; None for
-            unlabelled. With `length` a list of these, one for each token.
+        values: for each row a class (its index or name), a number, or a list of zeros and ones or of names, [] for
+            none of them; None for unlabelled. With `length` a list of these, one for each token.
         tasks: the task id of each row.
         labels: what the labels of each task are, in the order of the ids.
         length: tokens of a row of the batch; None if rows have one label each.
@@ -111,7 +111,7 @@ def _cells(value: Any, task: TaskLabels, width: int, where: str) -> list[float]:
 def _several(value: Any, task: TaskLabels, where: str) -> list[float]:
     if value == UNLABELLED:
         return [UNLABELLED]
-    if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):  # none of them, if it is empty
         held = {_class(entry, task, where) for entry in value}
         return [int(index in held) for index in range(len(task))]
     numbers = isinstance(value, list) and all(isinstance(entry, (bool, int, float)) for entry in value)
@@ -119,7 +119,7 @@ def _several(value: Any, task: TaskLabels, where: str) -> list[float]:
     if not numbers or not unlabelled or len(value) < len(task):
         raise ValueError(
             f"{where} has the label {value!r}. It must be a list of {len(task)} zeros and ones, one for each of "
-            f"{', '.join(task.names)}, or a list of these names."
+            f"{', '.join(task.names)}, or a list of these names, which may be empty."
         )
     return value[: len(task)]
 

@@ -9,7 +9,7 @@ from typing import Any, Optional, Union, cast
 import torch
 
 from ..adapter import adaptation, growth
-from ..adapter.labelled.classifiers import heads_of, train_shared_layers
+from ..adapter.labelled.classifiers import freeze_shared_layers, heads_of, train_heads
 from ..compute.keeping.serving import Serving, check_not_serving, serving
 from ..compute.onloading import onloaded
 from ..compute.states import evaluating
@@ -213,10 +213,14 @@ class TaskVerbs(ByName):
         check_not_serving(self.task_context, "`train_router_only`")
         name = self._poly_name(adapter_name)
         adaptation.train_router_only(self._poly_layers(name).values(), name)
-        train_shared_layers(self.model, self._poly_config(name), name, False)
+        freeze_shared_layers(self.model, self._poly_config(name), name)
+        train_heads(self.model, self._poly_config(name), name, shared=False)
 
     def train_all(self, adapter_name: Optional[str] = None) -> None:
         """Train skills and router rows (of an adapter with one skill: the skill); undoes `train_router_only`.
+
+        Heads of tasks and the layers before them learn, too; other `modules_to_save` stay as they are, frozen in an
+        adapter that was loaded for inference.
 
         Raises:
             ValueError: there is no such adapter.
@@ -224,7 +228,7 @@ class TaskVerbs(ByName):
         check_not_serving(self.task_context, "`train_all`")
         name = self._poly_name(adapter_name)
         adaptation.train_all(self._poly_layers(name).values(), name)
-        train_shared_layers(self.model, self._poly_config(name), name, name in self.active_adapters)
+        train_heads(self.model, self._poly_config(name), name, shared=True)
 
     def average_skills(self, adapter_name: Optional[str] = None) -> None:
         """MHR-mu: in place, one skill that is the mean of the inventory; the router is flat and frozen.

@@ -254,6 +254,24 @@ class TestRegimes:
         model.train_all()
         assert self.parts(model) == dict.fromkeys(only, True)
 
+    @pytest.mark.parametrize("regime", ["train_router_only", "train_all"])
+    def test_heads_of_an_adapter_that_was_loaded_for_inference_learn_when_it_is_told_to(self, tmp_path, regime):
+        adapted(MODELS["roberta"].make(), target_modules=ATTENTION).save_pretrained(tmp_path)
+        model = peft.PeftModel.from_pretrained(MODELS["roberta"].make(), tmp_path)
+        model.add_tasks(["length"], labels={"length": 3})
+        assert not any(self.parts(model).values())
+        getattr(model, regime)()
+        whole = regime == "train_all"
+        assert self.parts(model) == {"heads": True, "shared": whole, "skills": whole, "router": True}
+        heads = {key: p for key, p in model.named_parameters() if ".weight_" in key or ".bias_" in key}
+        assert len(heads) > 2
+        model.train()
+        model(**text(), task_ids="length", labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        assert any(p.grad is not None and bool(p.grad.any()) for p in heads.values())
+        model.disable_adapter_layers()
+        getattr(model, regime)()
+        assert not any(self.parts(model).values())
+
     def test_a_new_task_learned_so_leaves_the_others_bit_equal(self):
         name = "roberta"
         model, inputs = adapted(MODELS[name].make(), target_modules=ATTENTION), text()

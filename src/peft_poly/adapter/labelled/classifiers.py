@@ -28,6 +28,7 @@ __all__ = [
     "active_heads",
     "check_has_head",
     "describe_labels",
+    "freeze_shared_layers",
     "give_back_layers",
     "heads_of",
     "install_heads",
@@ -36,7 +37,7 @@ __all__ = [
     "replace_heads",
     "reserve_layers",
     "tell_heads",
-    "train_shared_layers",
+    "train_heads",
 ]
 
 
@@ -134,12 +135,31 @@ def check_has_head(model: nn.Module, adapter_name: str, task: str) -> bool:
     return bool(found)
 
 
-def train_shared_layers(model: nn.Module, config: PolyConfig, adapter_name: str, train: bool) -> None:
-    """Thaw or freeze what comes before the heads of an adapter: the layers that its tasks share."""
+def train_heads(model: nn.Module, config: PolyConfig, adapter_name: str, shared: bool) -> None:
+    """Thaw the heads of an adapter where it is switched on: one that was loaded for inference has them frozen.
+
+    Args:
+        model: the base model.
+        config: of the adapter.
+        adapter_name: its name.
+        shared: the layers before the heads too, which its tasks share.
+    """
+    layers = _place(model).layers if shared and config.labels is not None else ()
+    for name, wrapper in model.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or adapter_name not in wrapper.modules_to_save:
+            continue
+        if adapter_name in wrapper.active_adapters and not wrapper.disable_adapters:
+            for module in wrapper.modules_to_save[adapter_name].modules():
+                for parameter in module.parameters(recurse=False) if name in layers or _is_heads(module) else ():
+                    parameter.requires_grad_(True)
+
+
+def freeze_shared_layers(model: nn.Module, config: PolyConfig, adapter_name: str) -> None:
+    """Freeze what comes before the heads of an adapter: the layers that its tasks share."""
     for name in () if config.labels is None else _place(model).layers:
         for module in model.get_submodule(name).modules_to_save[adapter_name].modules():  # type: ignore[index, union-attr]
             for parameter in () if _is_heads(module) else module.parameters(recurse=False):
-                parameter.requires_grad_(train)
+                parameter.requires_grad_(False)
 
 
 def give_back_layers(model: nn.Module, config: PolyConfig) -> None:
