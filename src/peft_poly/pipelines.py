@@ -1,8 +1,8 @@
 """transformers' pipelines take `task_ids=`; those for classification answer with the labels of each input's own task.
 
-A pipeline hands what it does not know to its tokenizer, which drops it. So every pipeline computes inside `use_task`.
-In one for classification a list of tasks goes with a list of inputs, through its batches, and the logits come out cut
-to the labels of their task, with its names.
+A pipeline hands what it does not know to its tokenizer, which drops it. So every pipeline computes inside `use_task`; a
+list of tasks goes with a list of inputs, batch by batch. In one for classification it goes through the batches, and the
+logits come out cut to the labels of their task, with its names.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import GeneratorType, SimpleNamespace
 from typing import Any, Optional
 
 import torch
+from torch.utils.data import Dataset
 from transformers.pipelines import (
     AudioClassificationPipeline,
     ImageClassificationPipeline,
     TextClassificationPipeline,
     TokenClassificationPipeline,
 )
-from transformers.pipelines.base import Pipeline
+from transformers.pipelines.base import ChunkPipeline, Pipeline
 
 from .adapter.labelled.classifiers import active_heads, labelled
 from .adapter.labelled.heads import TaskHeads
@@ -67,22 +68,64 @@ def _sorting_parameters(method: Callable) -> Callable:
 
 def _entering(method: Callable) -> Callable:
     @functools.wraps(method)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         has_tasks = _has_tasks(self)
         if not has_tasks and not isinstance(self, CLASSIFYING):
-            return method(self, *args, **kwargs)
+            return method(self, inputs, *args, **kwargs)
         if IDS in self._preprocess_params:  # given when the pipeline was made
             self.task_ids = self._preprocess_params.pop(IDS)
         ids = kwargs.pop(IDS, getattr(self, IDS, None))
         if ids is None:
-            return method(self, *args, **kwargs)
+            return method(self, inputs, *args, **kwargs)
         if not has_tasks:
             raise ValueError(f"`task_ids` is for models with a task-routed adapter, not {type(self.model).__name__}.")
+        if _are_several(ids):
+            return _by_batch(method, self, inputs, args, _one_for_each(ids, inputs), kwargs)
         with use_task(self.model, ids):
-            found = method(self, *args, **kwargs)
+            found = method(self, inputs, *args, **kwargs)
         return found if isinstance(found, (list, dict)) else _one_by_one(self.model, ids, iter(found))
 
     return wrapper
+
+
+def _by_batch(method: Callable, pipeline: Any, inputs: Any, args: Any, tasks: list, kwargs: dict[str, Any]) -> Any:
+    """A list of inputs, as many at a time as a batch has, with the tasks of these."""
+    if not _is_list(inputs):
+        with use_task(pipeline.model, tasks[0]):
+            return method(pipeline, inputs, *args, **kwargs)
+    in_parts = isinstance(pipeline, ChunkPipeline)  # an input has several rows
+    size = 1 if in_parts else kwargs.get("batch_size") or getattr(pipeline, "_batch_size", None) or 1
+    found: list[Any] = []
+    for start in range(0, len(inputs), size):
+        with use_task(pipeline.model, tasks[start] if in_parts else tasks[start : start + size]):
+            found += method(pipeline, inputs[start : start + size], *args, **kwargs)
+    return found
+
+
+def _are_several(ids: Any) -> bool:
+    return isinstance(ids, (list, tuple)) or (isinstance(ids, torch.Tensor) and ids.dim() > 0)
+
+
+def _is_list(inputs: Any) -> bool:
+    """Whether these are several inputs; the messages of a chat are one."""
+    message = inputs[0] if isinstance(inputs, list) and inputs else None
+    return isinstance(inputs, list) and not (isinstance(message, dict) and {"role", "content"} <= message.keys())
+
+
+def _one_for_each(ids: Any, inputs: Any) -> list:
+    """The tasks of inputs; of one that is no list, a list of one.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    tasks, several = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids), _is_list(inputs)
+    if len(tasks) != (len(inputs) if several else 1) or isinstance(inputs, (Dataset, GeneratorType)):
+        given = len(inputs) if several else f"a {type(inputs).__name__}"
+        raise ValueError(
+            f"`task_ids` has {len(tasks)} entries and the pipeline was given {given}. Pass a list of inputs with "
+            "one task for each, or one task for all."
+        )
+    return tasks
 
 
 def _one_by_one(model: torch.nn.Module, ids: Any, found: Iterator) -> Iterator:
@@ -101,17 +144,12 @@ def _pairing(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapper(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        tasks = kwargs.get(IDS)
-        if not isinstance(tasks, (list, tuple, torch.Tensor)) or not _has_tasks(self):
+        ids = kwargs.get(IDS)
+        if not _are_several(ids) or not _has_tasks(self):
             return method(self, inputs, *args, **kwargs)
-        if not isinstance(inputs, list) or len(inputs) != len(tasks):
-            given = len(inputs) if isinstance(inputs, list) else f"a {type(inputs).__name__}"
-            raise ValueError(
-                f"`task_ids` has {len(tasks)} entries and the pipeline was given {given}. Pass a list of inputs with "
-                "one task for each, or one task for all."
-            )
-        tasks = tasks.tolist() if isinstance(tasks, torch.Tensor) else tasks
-        kwargs[IDS] = None
+        tasks, kwargs[IDS] = _one_for_each(ids, inputs), None
+        if not _is_list(inputs):
+            return method(self, _WithTask(inputs, tasks[0]), *args, **kwargs)
         pairs = [_WithTask(one, task) for one, task in zip(inputs, tasks, strict=True)]
         return method(self, pairs, *args, **kwargs)
 

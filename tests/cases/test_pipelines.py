@@ -62,13 +62,60 @@ def test_a_list_of_tasks_goes_with_the_texts_whatever_their_batches(model, size)
         pipe(model)(TEXTS, task_ids=["rte", "boolq", "rte"], batch_size=size)
 
 
-def test_ids_that_do_not_fit_the_batches_are_an_error_where_they_do_not_go_with_the_inputs():
+TASK_OF_TEXT = ["rte", "boolq", "sst2", "rte"]
+MISFITS = [
+    (TEXTS, ["rte", "boolq"], "`task_ids` has 2 entries and the pipeline was given 4"),
+    (TEXTS[0], ["rte", "boolq"], "`task_ids` has 2 entries and the pipeline was given a str"),
+    ((text for text in TEXTS), TASK_OF_TEXT, "`task_ids` has 4 entries and the pipeline was given a generator"),
+]
+
+
+def writer():
     model = adapt(CASES["llama"].make(), poly("llama", task_names=TASKS, n_tasks=None))
-    write = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
-    settings = {"task_ids": ["rte", "boolq", "rte", "rte"], "max_new_tokens": 2, "do_sample": False}
-    with pytest.raises(ValueError, match="computes 1 of its 4 rows"):
-        write(TEXTS, **settings)
-    assert len(write(["w5 w6"] * 4, batch_size=4, **settings)) == 4
+    found = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
+    found.tokenizer.padding_side = "left"
+    return found, {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_full_text": False}
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 3, 8])
+def test_a_list_of_tasks_goes_with_the_prompts_that_are_written_on(size):
+    write, settings = writer()
+    want = [write(text, task_ids=task, **settings) for text, task in zip(TEXTS, TASK_OF_TEXT, strict=True)]
+    assert len({str(answer) for answer in want}) > 1
+    assert write(TEXTS, task_ids=TASK_OF_TEXT, batch_size=size, **settings) == want
+    ids = torch.tensor([write.model.task_id(task) for task in TASK_OF_TEXT])
+    assert write(TEXTS, task_ids=ids, batch_size=size, **settings) == want
+    assert write(TEXTS[0], task_ids=TASK_OF_TEXT[:1], **settings) == want[0]
+
+
+@pytest.mark.parametrize(("texts", "tasks", "message"), MISFITS, ids=["few", "text", "generator"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_as_many_tasks_as_a_batch_has_rows_are_no_task_for_each_text(texts, tasks, message, size):
+    write, settings = writer()
+    with pytest.raises(ValueError, match=message):
+        write(texts, task_ids=tasks, batch_size=size, **settings)
+
+
+def test_a_chat_is_one_input():
+    write, settings = writer()
+    write.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    chats = [[{"role": "user", "content": text}] * 2 for text in TEXTS]
+    want = [write(chat, task_ids=task, **settings) for chat, task in zip(chats, TASK_OF_TEXT, strict=True)]
+    assert write(chats, task_ids=TASK_OF_TEXT, batch_size=2, **settings) == want
+    assert write(chats[0], task_ids=["rte"], **settings) == want[0]
+    with pytest.raises(ValueError, match="`task_ids` has 2 entries"):
+        write(chats[0], task_ids=["rte", "boolq"], **settings)
+
+
+@pytest.mark.parametrize("size", [None, 1, 3])
+def test_features_are_those_of_each_texts_task(size):
+    torch.manual_seed(0)
+    model = adapt(CASES["bert"].make(), poly("bert", task_names=TASKS, n_tasks=None))
+    read = transformers.pipeline("feature-extraction", model=model, tokenizer=tokenizer(), device="cpu")
+    want = [read(text, task_ids=task) for text, task in zip(TEXTS, TASK_OF_TEXT, strict=True)]
+    assert want[0] != read(TEXTS[0], task_ids="boolq")
+    for row, alone in zip(read(TEXTS, task_ids=TASK_OF_TEXT, batch_size=size), want, strict=True):
+        torch.testing.assert_close(torch.tensor(row), torch.tensor(alone), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.transformers_door

@@ -48,9 +48,10 @@ def test_a_model_inside_another_that_takes_the_ids_trains_as_by_itself(tmp_path,
     torch.testing.assert_close(loss, model.inner(input_ids=ids, labels=labels, task_ids=names).loss)
 
 
+@pytest.mark.parametrize("kind", [datasets.Dataset.from_list, list], ids=["dataset", "list"])
 @pytest.mark.parametrize("named", [True, False])
-def test_a_model_inside_another_that_takes_no_ids_says_which_column_is_dropped_and_what_keeps_it(tmp_path, named):
-    data = datasets.Dataset.from_list(rows(4) if named else with_ids(rows(4)))
+def test_a_model_inside_another_that_takes_no_ids_says_which_column_is_dropped_and_what_keeps_it(tmp_path, named, kind):
+    data = kind(rows(4) if named else with_ids(rows(4)))
     collator = DataCollatorWithTaskIds(task_names=TASKS) if named else None
     trainer = Trainer(Deaf(), arguments(tmp_path), train_dataset=data, data_collator=collator)
     column = "'task'" if named else "'task_ids'"
@@ -59,3 +60,12 @@ def test_a_model_inside_another_that_takes_no_ids_says_which_column_is_dropped_a
         pytest.raises(ValueError, match="task"),
     ):
         trainer.train()
+
+
+def test_a_set_task_does_not_hide_that_the_rows_said_others(tmp_path):
+    model = Deaf()
+    model.inner.set_task("rte")
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=with_ids(rows(4)))
+    with pytest.warns(UserWarning, match="drops the column 'task_ids'") as caught:
+        trainer.train()
+    assert len([warning for warning in caught if "drops the column" in str(warning.message)]) == 1

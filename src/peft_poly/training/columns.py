@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Optional
 
 from ..model import PolyModel
 from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, check_columns
 
-__all__ = ["keep_task_columns"]
+__all__ = ["keep_task_columns", "watched"]
 
 
 def keep_task_columns(trainer: Any, tuner: Optional[PolyModel], data: Any) -> None:
@@ -28,7 +30,7 @@ def keep_task_columns(trainer: Any, tuner: Optional[PolyModel], data: Any) -> No
     trainer._set_signature_columns_if_needed()
     kept, names = trainer._signature_columns, getattr(data, "column_names", None) or ()
     if tuner is None and "task_ids" not in kept:
-        _warn_of_what_is_dropped(trainer, [name for name in TASK_COLUMNS if name in names])
+        _warn_of_what_is_dropped(type(trainer.model).__name__, names)
         return
     ours = isinstance(trainer.data_collator, DataCollatorWithTaskIds)
     transformed = getattr(data, "format", {}).get("type") == "custom"  # a transform may make the column
@@ -37,11 +39,37 @@ def keep_task_columns(trainer: Any, tuner: Optional[PolyModel], data: Any) -> No
     kept += [name for name in (TASK_COLUMNS if ours else ("task_ids",)) if name not in kept]
 
 
-def _warn_of_what_is_dropped(trainer: Any, columns: list[str]) -> None:
-    if columns:
-        name = type(trainer.model).__name__
+def watched(trainer: Any, collator: Any) -> Any:
+    """What a `Trainer` puts around its collator to drop columns; it warns as `keep_task_columns`, of the first rows.
+
+    Only so are the columns of a list of rows known.
+
+    Args:
+        trainer (`Trainer`): Its model has task-routed layers, and is no `PeftModel`.
+        collator: Takes rows with all of their columns.
+    """
+    dropping = trainer.args.remove_unused_columns and "task_ids" not in trainer._signature_columns
+    return _Watched(collator, type(trainer.model).__name__) if dropping else collator
+
+
+@dataclass
+class _Watched:
+    collator: Any
+    model_name: str
+    seen: bool = False
+
+    def __call__(self, rows: Any) -> Any:
+        if not self.seen and len(rows) and isinstance(rows[0], Mapping):
+            _warn_of_what_is_dropped(self.model_name, rows[0])
+        self.seen = True
+        return self.collator(rows)
+
+
+def _warn_of_what_is_dropped(name: str, columns: Iterable[str]) -> None:
+    dropped = [column for column in TASK_COLUMNS if column in columns]
+    if dropped:
         warnings.warn(
-            f"The Trainer drops the column {' and '.join(map(repr, columns))} of the rows, for `{name}.forward` takes "
+            f"The Trainer drops the column {' and '.join(map(repr, dropped))} of the rows, for `{name}.forward` takes "
             f"no `task_ids`, and the task-routed layers inside {name} then know no task. Let `{name}.forward` take "
             "`task_ids` and hand it to the model inside, or to `use_task` around it."
         )

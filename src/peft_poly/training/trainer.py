@@ -24,7 +24,7 @@ from ..model import PolyModel, tuner_of
 from ..tasks.choosing import routed_layers
 from ..tasks.ids import resolve_task
 from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, tasks_of
-from .columns import keep_task_columns
+from .columns import keep_task_columns, watched
 from .labelled import counting_places, headed_config, smoothing_by_head, tell_labels
 from .metrics import PerTaskMetrics
 from .optimizer import poly_parameter_groups
@@ -57,6 +57,18 @@ def _keeping_columns(method: Callable) -> Callable:
         if tuner is not None or any(routed_layers(self.model)):
             keep_task_columns(self, tuner, args[0] if args else None)
         return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _watching_columns(method: Callable) -> Callable:
+    """The same where it is a collator that drops them."""
+    keeping = _keeping_columns(method)
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        collator = keeping(self, *args, **kwargs)
+        return watched(self, collator) if _tuner_of(self) is None and any(routed_layers(self.model)) else collator
 
     return wrapper
 
@@ -313,7 +325,7 @@ def _checking_deepspeed(method: Callable) -> Callable:
 LESSONS: dict[str, Callable[[Callable], Callable]] = {
     "__init__": _settling,
     "_remove_unused_columns": _keeping_columns,
-    "_get_collator_with_removed_columns": _keeping_columns,
+    "_get_collator_with_removed_columns": _watching_columns,
     "evaluation_loop": _handing_ids,
     "create_optimizer": _with_two_rates,
     "train": _checking_deepspeed,
