@@ -1,4 +1,4 @@
-"""What `serve.py` answers, and how one batch of requests becomes one forward: labels, ranking, and generation.
+"""What `serve.py` answers, and how one batch of requests becomes one forward: labels and ranking.
 
 A service checks a request when it comes, so that nothing wrong gets into a batch, and turns it into token ids. Later
 its `run` answers many of them at once, each row with the task of its own. `check` runs in the thread of the server and
@@ -18,7 +18,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt
 from pydantic_core import PydanticCustomError
 from ranking import Ranker, load_tasks
 from torch.nn.utils.rnn import pad_sequence
-from transformers import StoppingCriteriaList
 
 
 class UnknownTaskError(Exception):
@@ -39,12 +38,15 @@ def _not_blank(text: str) -> str:
 Option = Annotated[str, Field(min_length=1, max_length=2_000)]  # without a limit, pydantic lets half characters in
 
 
+Text = Annotated[str, Field(min_length=1, max_length=20_000), AfterValidator(_not_blank)]
+
+
 class Request(BaseModel):
     """What every request has; a key that is not known is an error."""
 
     model_config = ConfigDict(extra="forbid")
     task: StrictInt | Annotated[str, Field(max_length=1_000)] = Field(description="A task's name or id.")
-    input: Annotated[str, Field(min_length=1, max_length=20_000), AfterValidator(_not_blank)]
+    input: Text
 
 
 class RankRequest(Request):
@@ -70,16 +72,6 @@ class ClassifyAnswer(BaseModel):
     labels: list[str] | None = Field(None, description="The likeliest, or, where several may hold, all likely ones.")
     probabilities: dict[str, float] | None = Field(None, description="Of the labels, by name.")
     value: float | None = Field(None, description="The number.")
-
-
-class GenerateRequest(Request):
-    """A prompt."""
-
-    max_new_tokens: int = Field(32, ge=1, description="The server has a limit.")
-
-
-class GenerateAnswer(BaseModel):
-    output: str
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,7 @@ class Service:
             model.active_peft_config.peft_type,
             model.active_peft_config.task_type,
         ):
-            raise ValueError(f"{self.source} is now of type {config.peft_type}, for {config.task_type}.")
+            raise ValueError(f"{self.source} is now of type {config.peft_type.value}, for {config.task_type}.")
         try:
             model.load_adapter(self.source, new)
         except Exception as error:  # of torch, where shapes do not fit
@@ -162,13 +154,13 @@ class Service:
         model.delete_adapter(old)
         model.eval()
 
-    def tokens(self, what: str, text: str) -> list[int]:
-        """Token ids of a text.
+    def tokens(self, what: str, text: str, **how: Any) -> list[int]:
+        """Token ids of a text; `how` goes to the tokenizer.
 
         Raises:
             ValueError: it is too long, or has none but those that a tokenizer adds to a blank.
         """
-        ids = [] if is_blank(text) else self.tokenizer(text)["input_ids"]
+        ids = [] if is_blank(text) else self.tokenizer(text, **how)["input_ids"]
         if not 0 < len(ids) <= self.max_length:
             raise ValueError(f"The {what} has {len(ids)} tokens; 1 to {self.max_length} are allowed.")
         return ids
@@ -296,53 +288,6 @@ class ClassifyService(Service):
         likely = [label for label, chance in chances.items() if chance > 0.5]
         chosen = likely if several else [max(chances, key=chances.__getitem__)]
         return ClassifyAnswer(task=task, labels=chosen, probabilities=chances)
-
-
-class GenerateService(Service):
-    """Continues a prompt (or, as an encoder-decoder, answers it) with the likeliest tokens.
-
-    The likeliest tokens of a short answer are the first ones of a longer, so rows that want fewer are cut.
-    """
-
-    path, request, answer = "/generate", GenerateRequest, GenerateAnswer
-
-    def __init__(self, model: Any, tokenizer: Any, max_length: int, max_new_tokens: int, source: str = "") -> None:
-        super().__init__(model, tokenizer, max_length, max_new_tokens, source)
-        self.prompt_first = not model.config.is_encoder_decoder  # in what it generates
-        self.padding_side = "left" if self.prompt_first else "right"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-
-    def describe(self, task: int | str) -> dict[str, Any]:
-        """What `/tasks` says of a task."""
-        return {"task": task}
-
-    def check(self, request: GenerateRequest) -> Item:
-        """The request's tokens.
-
-        Raises:
-            UnknownTaskError: there is no such task.
-            ValueError: the prompt is too long, or too much is wanted.
-        """
-        task = self.task(request.task)
-        if request.max_new_tokens > self.max_new_tokens:
-            raise ValueError(f"`max_new_tokens` may be {self.max_new_tokens} at most, got {request.max_new_tokens}.")
-        return Item(task, self.tokens("prompt", request.input), max_new_tokens=request.max_new_tokens)
-
-    @torch.inference_mode()
-    def run(self, items: list[Item]) -> list[GenerateAnswer]:
-        """One `generate`, each row with its task."""
-        batch = self.padded(item.tokens for item in items)
-        most = max(item.max_new_tokens for item in items)
-        greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": self.tokenizer.pad_token_id}
-        until = StoppingCriteriaList(
-            [lambda ids, scores, **_: torch.full_like(ids[:, 0], self.stopping, dtype=torch.bool)]
-        )
-        tasks = [item.task for item in items]
-        made = self.model.generate(**batch, task_ids=tasks, max_new_tokens=most, stopping_criteria=until, **greedy)
-        start = batch["input_ids"].shape[1] if self.prompt_first else 1  # a decoder begins with a start token
-        rows = [row[start : start + item.max_new_tokens] for row, item in zip(made, items, strict=True)]
-        return [GenerateAnswer(output=text) for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def tasks_of_data(folder: str) -> dict[str, dict[str, Any]]:

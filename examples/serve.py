@@ -4,9 +4,9 @@
     python examples/serve.py my-adapter --max_batch 16      # any saved adapter: a folder or a Hub id
 
 An adapter with a head per task answers with labels (`/classify`), one of an encoder without ranks options (`/rank`),
-one of a language model generates (`/generate`). `/tasks` lists what a request may name, `/docs` is the page that tries
-it out. `/healthz`, `/stats` and `/metrics` (Prometheus text) are for those who keep it running, and so is `/reload`,
-which reads the saved adapter again, with the tasks that it has by then.
+one of a language model continues a prompt or a chat (`/generate`). `/tasks` lists what a request may name, `/docs` is
+the page that tries it out. `/healthz`, `/stats` and `/metrics` (Prometheus text) are for those who keep it running, and
+so is `/reload`, which reads the saved adapter again, with the tasks that it has by then.
 A wrong request is refused before it gets into a batch; when too many wait, the next one is refused at once, and one
 that has waited too long is, too (503). `detail` says why, in a sentence, whatever the error is.
 """
@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 import uvicorn
-from answering import ClassifyService, GenerateService, RankService, Service, UnknownTaskError, tasks_of_data
+from answering import ClassifyService, RankService, Service, UnknownTaskError, tasks_of_data
 from batching import Batcher, RefusedError
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
+from generating import GenerateService
 from metrics import Measured, registry_of
 from peft import PeftConfig, PeftModel
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -167,7 +168,7 @@ def load_service(args: argparse.Namespace) -> Service:
     adapter = f"{args.adapter}/adapter" if results.exists() else args.adapter
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, PolyConfig):
-        raise ValueError(f"{adapter} is an adapter of type {config.peft_type}; this script serves PEFT_POLY.")
+        raise ValueError(f"{adapter} is an adapter of type {config.peft_type.value}; this script serves PEFT_POLY.")
     config.unknown_task = args.unknown_task or config.unknown_task
     name = args.model or trained.get("model") or config.base_model_name_or_path
     if config.task_type not in SERVED:
@@ -200,7 +201,10 @@ def load_service(args: argparse.Namespace) -> Service:
     base = GENERATORS[config.task_type].from_pretrained(name, dtype="auto")
     model = PeftModel.from_pretrained(base, adapter, config=config).to(device)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    return GenerateService(model, tokenizer, args.max_length or 512, args.max_new_tokens, adapter)
+    service = GenerateService(model, tokenizer, args.max_length or 512, args.max_new_tokens, adapter)
+    if service.chats:
+        say("The tokenizer has a chat template: `messages` go through it, `input` is a prompt as it is.")
+    return service
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -228,6 +228,53 @@ class TestGeneration:
             outputs.add(wanted)
         assert len(outputs) > 3
 
+    def test_messages_of_a_chat_go_through_the_template_and_a_prompt_does_not(self, serve, service, folders, capsys):
+        template = "{% for m in messages %}<s> w{{ m['role'] | length }} {{ m['content'] }} {% endfor %}w30"
+        service("llama")
+        assert "template" not in capsys.readouterr().err
+        templates = folders / "llama/model/chat_template.jinja"
+        templates.write_text(template, encoding="utf-8")
+        try:
+            chat = service("llama")
+        finally:
+            templates.unlink()
+        assert "`messages` go through it" in capsys.readouterr().err
+        messages = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w10 w11"}]
+        bodies = [
+            {"task": "rte", "messages": messages, "max_new_tokens": 6},
+            {"task": "rte", "input": "<s> w6 w9 <s> w4 w10 w11 w30", "max_new_tokens": 6},
+            {"task": "rte", "input": "w10 w11", "max_new_tokens": 6},
+        ]
+        responses, _ = post_all(serve.create_app(chat), "/generate", bodies)
+        found = [response.json()["output"] for response in responses]
+        assert found[0] == found[1] != found[2]
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            ({}, "Pass `input`, a prompt as it is, or `messages`"),
+            ({"input": "w1", "messages": [{"role": "user", "content": "w1"}]}, "Pass `input`"),
+            ({"messages": []}, "messages"),
+            ({"messages": [{"role": "boss", "content": "w1"}]}, "messages.0.role"),
+            ({"messages": [{"role": "user", "content": " "}]}, "messages.0.content: The text is blank"),
+            ({"messages": [{"role": "user", "content": "w1"}], "max_new_tokens": 2}, "has no chat template"),
+        ],
+        ids=["neither", "both", "none", "role", "blank", "no template"],
+    )
+    def test_what_is_neither_a_prompt_nor_a_chat_is_refused(self, serve, service, body, message):
+        app = serve.create_app(service("llama"))
+        (response,), _ = post_all(app, "/generate", [{"task": "rte", **body}])
+        assert response.status_code == 422
+        assert message in response.json()["detail"]
+
+    def test_messages_that_the_template_refuses_are_422(self, serve, service):
+        served = service("llama")
+        served.tokenizer.chat_template, served.chats = "{{ raise_exception('Roles must alternate') }}", True
+        body = {"task": "rte", "messages": [{"role": "user", "content": "w1"}], "max_new_tokens": 2}
+        (response,), _ = post_all(serve.create_app(served), "/generate", [body])
+        assert response.status_code == 422
+        assert "Roles must alternate" in response.json()["detail"]
+
     def test_more_tokens_than_positions_are_refused_at_the_start(self, service):
         with pytest.raises(ValueError, match="64 positions, too few for 60 tokens of a text and 8 new ones"):
             service("llama", "--max_length", "60")
@@ -556,7 +603,7 @@ class TestClassifying:
 class TestLoading:
     def test_an_adapter_of_another_method_is_refused(self, serve, tmp_path):
         peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
-        with pytest.raises(SystemExit, match=r"adapter of type PeftType\.LORA; this script serves PEFT_POLY"):
+        with pytest.raises(SystemExit, match=r"adapter of type LORA; this script serves PEFT_POLY"):
             serve.main([str(tmp_path)])
 
     def test_an_adapter_that_this_cannot_serve_is_refused(self, serve, tmp_path):

@@ -170,7 +170,15 @@ def test_metrics_by_task_and_sampling_by_task_serve_here_too(tmp_path):
 
     metrics = PerTaskMetrics(hits, TASKS)
     unequal = texts().select([0, 3, 6, 9, 1, 2])  # four of the first task, one each of the others
-    trainer = sft(tmp_path, Balanced, unequal, eval_dataset=texts(), compute_metrics=metrics, task_balance="uniform")
+    trainer = sft(
+        tmp_path,
+        Balanced,
+        unequal,
+        eval_dataset=texts(),
+        compute_metrics=metrics,
+        task_balance="uniform",
+        settings={"loss_type": "nll"},  # TRL 1.14's default makes no logits
+    )
     tasks = list(unequal["task"])
     drawn = [batch["task_ids"] for batch in trainer.get_train_dataloader()]
     assert sorted(torch.cat(drawn).tolist()) == [0, 0, 1, 1, 2, 2]

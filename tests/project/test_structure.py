@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_origin
 
 import peft
 import pytest
@@ -287,7 +288,8 @@ class TestPublicNames:
 
     @pytest.mark.parametrize("module", MODULES)
     def test_every_public_name_has_a_docstring_of_its_own(self, module):
-        undocumented = [name for name, thing in public_objects(module) if not (vars_doc(thing) or "").strip()]
+        things = ((name, thing) for name, thing in public_objects(module) if get_origin(thing) is None)  # no aliases
+        undocumented = [name for name, thing in things if not (vars_doc(thing) or "").strip()]
         assert not undocumented
 
     @pytest.mark.parametrize("module", ["peft_poly", "peft_poly.insight", "peft_poly.training"])

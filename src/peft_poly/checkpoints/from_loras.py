@@ -116,7 +116,9 @@ def _lora_config(name: str, source: str) -> LoraConfig:
     find_file(source, ("adapter_config.json",))
     config = PeftConfig.from_pretrained(source)
     if config.peft_type != PeftType.LORA:
-        raise ValueError(f"The adapter for task {name!r} is of type {config.peft_type}; only LORA can become a skill.")
+        raise ValueError(
+            f"The adapter for task {name!r} is of type {config.peft_type.value}; only LORA can become a skill."
+        )
     assert isinstance(config, LoraConfig)
     for field in fields(config):
         default = field.default if field.default is not MISSING else cast(Any, field.default_factory)()

@@ -105,7 +105,10 @@ class PerTaskMetrics:
             prediction, task_ids = self._ids_among_labels(prediction)
         n_rows = _n_rows(prediction.predictions)
         if len(task_ids) != n_rows:
-            raise ValueError(f"There are {len(task_ids)} task ids for {n_rows} predictions; one per row is needed.")
+            raise ValueError(
+                f"There are {len(task_ids)} task ids for {n_rows} predictions; one per row is needed. A trainer whose "
+                "loss makes no logits hands over none, as some releases of TRL do: set `loss_type='nll'` there."
+            )
         described = None if task_labels is None else list(task_labels.values())
         metrics = self._measured(prediction) if described is None else {}
         self.table = {}
