@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Optional
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from adapters import adapt, poly
 from tiny import CASES, MLP
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_poly import PolyConfig
 
 INPUTS = CASES["mlp"].inputs()
 TASKS = ["boolq", "copa", "rte"]
@@ -94,3 +98,20 @@ def test_a_lora_is_no_task_routed_adapter(tmp_path):
     peft.get_peft_model(MLP(), peft.LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a LORA adapter, which has no router"):
         adapter(2, TASKS).load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block", "model"])
+def test_tensors_that_have_no_place_in_the_base_model_are_told(tmp_path, granularity):
+    def base(layers: int) -> LlamaForCausalLM:
+        sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers))
+
+    settings = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "router_granularity": granularity}
+    peft.get_peft_model(base(2), PolyConfig(task_names=TASKS, lora_alpha=4, **settings)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"'default' is loaded without \d of its tensors, such as .*layers\.1\."):
+        peft.PeftModel.from_pretrained(base(1), tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Adapter .* is loaded without")
+        model = peft.PeftModel.from_pretrained(base(2), tmp_path, is_trainable=True)
+        model.load_adapter(tmp_path, "other", low_cpu_mem_usage=True)
+        model.load_adapter(tmp_path, "default")

@@ -194,6 +194,14 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(wrap):
         resolve_tasks(wrap("sst"), NAMED)
 
 
+def test_a_number_written_with_fewer_zeros_is_the_nearest_and_many_names_are_not_all_listed():
+    tenants = PolyConfig(task_names=[f"Cust-{n:02}" for n in range(50)])
+    with pytest.raises(ValueError, match=r"Did you mean 'Cust-03'\? .* Cust-29, and 20 more\.$"):
+        resolve_tasks("cust-3", tenants)
+    with pytest.raises(ValueError, match=r"Did you mean 'Cust-30'\?"):
+        resolve_tasks("cust-030", tenants)
+
+
 @pytest.mark.parametrize("name", ["", "translation", "0"])
 def test_a_name_like_none_of_them_gets_no_suggestion(name):
     with pytest.raises(ValueError, match=f"Unknown task '{name}'. Adapter 'default' knows: rte, sst2, boolq"):

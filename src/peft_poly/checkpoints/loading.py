@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft.peft_model import PeftModel
 
 from ..compute.onloading import onloaded
 from ..labels import TaskLabels
+from ..layer import PolyLayer
 from .reading import read_config
 
 __all__ = ["check_task_names", "difference", "load_adapter"]
@@ -31,7 +33,19 @@ def load_adapter(original: Callable, model: PeftModel, *args: Any, **kwargs: Any
         hub_kwargs, _ = model._split_kwargs(call.arguments.get("kwargs", {}))
         check_task_names(source, model.peft_config[name], name, **hub_kwargs)
     with torch.inference_mode(False), onloaded(model, changed=True):
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+    _warn_of_what_has_no_place(result.unexpected_keys, name)
+    return result
+
+
+def _warn_of_what_has_no_place(unexpected: Sequence[str], adapter_name: str) -> None:
+    """PEFT warns of tensors that a checkpoint lacks, and says nothing of those that it drops."""
+    dropped = [key for key in unexpected if f".{PolyLayer.prefix}" in key]
+    if dropped:
+        warnings.warn(
+            f"Adapter {adapter_name!r} is loaded without {len(dropped)} of its tensors, such as {min(dropped)}: no "
+            "layer of that name is adapted here. Load it on the base model that it was trained on."
+        )
 
 
 def check_task_names(source: Union[str, Path], config: PeftConfig, adapter_name: str, **hub_kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
@@ -134,12 +135,12 @@ def unknown_message(name: str, config: PolyConfig, adapter_name: str) -> str:
     """The message for a name that the adapter does not have."""
     names = config.task_names or []
     hint = nearest_name(name, names)
-    return f"Unknown task {name!r}.{hint} Adapter {adapter_name!r} knows: {', '.join(names)}."
+    return f"Unknown task {name!r}.{hint} Adapter {adapter_name!r} knows: {_enumerated(names)}."
 
 
 def no_task_message(config: PolyConfig, adapter_name: str) -> str:
     """The message for a call whose tasks nobody said."""
-    known = ", ".join(config.task_names) if config.task_names else f"ids 0 to {config.n_tasks - 1}"
+    known = _enumerated(config.task_names) if config.task_names else f"ids 0 to {config.n_tasks - 1}"
     return (
         f"No task is known for this call, and adapter {adapter_name!r} has {config.n_tasks} of them ({known}). Pass "
         "`task_ids=` (an id or name per row, or one for all), or choose one with `model.set_task(...)` or "
@@ -148,11 +149,20 @@ def no_task_message(config: PolyConfig, adapter_name: str) -> str:
     )
 
 
+def _enumerated(names: Sequence[str], most: int = 30) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
 def nearest_name(name: str, known: Sequence[str]) -> str:
     """A hint for the message about an unknown name, with a space before it; empty if no known name is near."""
-    folded = {other.casefold(): other for other in known}
-    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    folded = {_folded(other): other for other in known}
+    near = difflib.get_close_matches(_folded(name), folded, n=1, cutoff=0.5)
     return f" Did you mean {folded[near[0]]!r}?" if near else ""
+
+
+def _folded(name: str) -> str:
+    """A name without what is easily written otherwise: capitals, zeros before a number."""
+    return re.sub(r"0+(?=\d)", "", name.casefold())
 
 
 def _flat(task_ids: Any) -> Sequence[Any]:
