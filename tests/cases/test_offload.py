@@ -254,9 +254,11 @@ def test_tensors_that_are_nowhere_are_an_error_before_anything_is_computed():
         assert model.to("meta")(torch.empty(3, 8, device="meta"), task_ids=[0, 1, 0]).shape == (3, 4)
 
 
-def test_training_what_is_offloaded_is_an_error_where_gradients_would_be_lost(tmp_path):
-    inputs = CASES["llama"].inputs()
-    model = offloaded(made(), "cpu", tmp_path)
+@pytest.mark.parametrize("regime", ["train_all", "train_router_only", "average_skills"])
+def test_training_what_is_offloaded_is_an_error_where_gradients_would_be_lost(tmp_path, regime):
+    inputs, model = CASES["llama"].inputs(), made()
+    getattr(model, regime)()
+    model = offloaded(model, "cpu", tmp_path)
     loss = model(**inputs, labels=inputs["input_ids"], task_ids=MIXED).loss
     with pytest.raises(RuntimeError, match="An adapter that accelerate offloads cannot be trained"):
         loss.backward()

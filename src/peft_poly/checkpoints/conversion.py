@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, cast
 
@@ -236,12 +236,9 @@ def _check_expressible(config: PolyConfig) -> None:
         )
     handled = {"lora_alpha", "task_names", "router_granularity", "layers_to_transform", "layers_pattern"}
     known = {field.name for field in fields(peft.PolyConfig)} | handled
-    for field in fields(config):
-        default = 1 if field.name == "n_tasks" else field.default
-        if default is MISSING:
-            default = cast(Any, field.default_factory)()
-        value = getattr(config, field.name)
-        if field.name not in known and value != default:
+    for field in (field for field in fields(config) if field.name not in known):
+        value, default = getattr(config, field.name), field.default
+        if value != default:
             advice = f" Pass `{field.name}={default!r}` to give it up." if field.name in GIVEN_UP else ""
             raise ValueError(f"POLY has no {field.name}, and this adapter has {field.name}={value!r}.{advice}")
 
