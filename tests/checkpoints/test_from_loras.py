@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import CASES, MLP, TASKS, first, llama
 
 from peft_poly import PolyConfig, PolyLayer
@@ -251,6 +251,27 @@ def test_what_is_more_than_equal_low_rank_pairs_is_refused(own, message, tmp_pat
         warnings.simplefilter("ignore", UserWarning)
         loras = save_loras(llama(), tmp_path, per_lora=[{}, own, {}])
     check_refused(llama(), loras, message)
+
+
+@pytest.mark.parametrize("poly_type", ["poly", "gates"])
+def test_what_all_loras_saved_whole_is_taken_over(poly_type, tmp_path):
+    base = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        loras = save_loras(base, tmp_path, modules_to_save=["lm_head"], names=["rte", "sst2"])
+    for folder in loras.values():  # as if both had trained it, to the same
+        tensors = load_file(f"{folder}/adapter_model.safetensors")
+        key = next(key for key in tensors if "lm_head" in key)
+        torch.manual_seed(5)
+        save_file({**tensors, key: torch.randn_like(tensors[key])}, f"{folder}/adapter_model.safetensors")
+    model = from_loras(copy.deepcopy(base), loras, poly_type=poly_type)
+    assert model.peft_config["default"].modules_to_save == ["lm_head"]
+    if poly_type == "poly":
+        make_one_hot(model)
+    check_equal_to_loras(model.eval(), base, loras, CASES["llama"].inputs())
+    model.save_pretrained(tmp_path / "poly")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "poly").eval()
+    check_equal_to_loras(again, base, loras, CASES["llama"].inputs())
 
 
 def test_an_initialisation_that_changes_the_base_is_refused(tmp_path):

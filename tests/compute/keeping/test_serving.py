@@ -157,6 +157,15 @@ class TestKept:
                 assert store.nbytes <= 2 * max_tasks * numbers * 4
         torch.testing.assert_close(inside, logits(model, ids, case="mlp"))
 
+    def test_the_bytes_are_those_of_the_pairs_that_are_kept(self):
+        model = make("mlp", r=4)
+        size = sum((layer.in_features + layer.out_features) * 4 * 4 for layer in layers_of(model))
+        with model.serving() as store:
+            logits(model, TASKS[0], case="mlp")
+            assert store.nbytes == size
+            logits(model, TASKS[1], case="mlp")
+            assert store.nbytes == 2 * size
+
     def test_a_block_in_a_block_shares_and_the_last_ends_it(self):
         model = make("mlp")
         with model.serving() as outer:
