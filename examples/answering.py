@@ -36,8 +36,6 @@ def _not_blank(text: str) -> str:
 
 
 Option = Annotated[str, Field(min_length=1, max_length=2_000)]  # without a limit, pydantic lets half characters in
-
-
 Text = Annotated[str, Field(min_length=1, max_length=20_000), AfterValidator(_not_blank)]
 
 

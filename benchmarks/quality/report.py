@@ -109,8 +109,10 @@ def few_table(plan: Plan, table: str = "main") -> Table:
 def task_table(found: dict[str, Accuracies], lines: list[str], chance: dict[str, float]) -> Table:
     """Accuracy of some lines task by task, mean over the seeds; the best in bold. What chance has comes first."""
     lines = [line for line in lines if line in found]
+    if not lines:
+        return []
     rows = []
-    for task in next(iter(found[lines[0]].values())) if lines else ():
+    for task in next(iter(found[lines[0]].values())):
         means = {line: fmean(tasks[task] for tasks in found[line].values()) for line in lines}
         best = max(means.values())
         row = {"task": task, "chance": f"{chance[task]:.1f}"}

@@ -108,8 +108,9 @@ def _are_several(ids: Any) -> bool:
 
 def _is_list(inputs: Any) -> bool:
     """Whether these are several inputs; the messages of a chat are one."""
-    message = inputs[0] if isinstance(inputs, list) and inputs else None
-    return isinstance(inputs, list) and not (isinstance(message, dict) and {"role", "content"} <= message.keys())
+    if not isinstance(inputs, list):
+        return False
+    return not (inputs and isinstance(inputs[0], dict) and {"role", "content"} <= inputs[0].keys())
 
 
 def _one_for_each(ids: Any, inputs: Any) -> list:

@@ -25,7 +25,8 @@ from torch import nn
 
 import peft_poly
 from peft_poly import PolyConfig, PolyLayer
-from peft_poly.checkpoints.export import exact_targets, export_lora, folder_names
+from peft_poly.adapter.targets import exact_targets
+from peft_poly.checkpoints.export import export_lora, folder_names
 
 HERE = Path(__file__).parents[1]  # the upstream process makes its models with `tiny`
 

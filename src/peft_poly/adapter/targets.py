@@ -1,18 +1,22 @@
-"""Which layers can be adapted: those whose `forward` the model really calls, and whose features we know."""
+"""Which layers can be adapted: those whose `forward` the model calls, and whose features we know; and their names."""
 
 from __future__ import annotations
 
+import re
 import warnings
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Optional, Union
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import resolve_quantization_backend
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..compute.base_layers import is_linear
 
-__all__ = ["check_architecture", "check_target", "warn_of_fused_experts"]
+__all__ = ["check_architecture", "check_target", "exact_targets", "warn_of_fused_experts"]
 
 # The fused kernels of these models read the weights of these modules and never call them.
 MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -104,3 +108,29 @@ def _described(base: nn.Module) -> str:
     if not isinstance(weight, torch.Tensor):
         return "packed into other tensors"
     return f"a {type(weight).__name__} of {weight.dtype}"
+
+
+def exact_targets(
+    model: nn.Module, layers: Iterable[str], modules_to_save: Optional[list[str]] = None
+) -> Union[list[str], str]:
+    """`target_modules` with which PEFT adapts exactly these layers of a model.
+
+    Args:
+        model: the base model, with or without adapters in it.
+        layers: names of the layers.
+        modules_to_save: modules that PEFT leaves out because they are saved as they are.
+
+    Returns:
+        The last parts of the names where those single out the layers, else the full names, else (where a full name is
+        also the ending of another layer's) a regular expression.
+    """
+    wanted = set(layers)
+    modules = dict(model.named_modules())
+    adapters = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, adapters))
+    names = {name.replace("_orig_mod.", "") for name in modules if name and not name.startswith(inside)}
+    for targets in (sorted({name.rpartition(".")[2] for name in wanted}), sorted(wanted)):
+        config = LoraConfig(target_modules=targets, modules_to_save=modules_to_save)
+        if {name for name in names if check_target_module_exists(config, name)} == wanted:
+            return targets
+    return "|".join(re.escape(name) for name in sorted(wanted))

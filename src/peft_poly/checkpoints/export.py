@@ -19,25 +19,25 @@ from typing import Any, Optional, Union, cast
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapter.labelled.classifiers import check_has_head, named_heads
 from ..adapter.labelled.heads import TaskHeads
+from ..adapter.targets import exact_targets
 from ..compute.onloading import onloaded
 from ..compute.states import evaluating
 from ..config import PolyConfig
 from ..layer import PolyLayer
 from ..tasks.ids import resolve_task
-from .sharding import check_whole
+from .sharding import check_layer_whole, check_whole
 from .staging import staged
-from .vllm import vllm_command, vllm_serves
+from .vllm import vllm_command, vllm_section, vllm_serves
 
-__all__ = ["exact_targets", "export_lora", "folder_names"]
+__all__ = ["export_lora", "folder_names"]
 
 PREFIX = "base_model.model."
 
@@ -113,6 +113,7 @@ class _Source:
 
     @property
     def without_heads(self) -> dict[str, torch.Tensor]:
+        """The others that every task's folder has."""
         return {key: tensor for key, tensor in self.others.items() if not key.startswith(tuple(self.heads))}
 
 
@@ -130,7 +131,7 @@ def _source(model: nn.Module, adapter_name: Optional[str]) -> _Source:
     config = next(iter(layers.values())).task_context.configs[adapter]
     check_whole(root, [adapter], "be exported")
     for name, layer in layers.items():
-        _check_whole(name, layer, adapter, config)
+        check_layer_whole(name, layer, adapter, config)
     base_name = config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
     heads = {f"{PREFIX}{name.replace('_orig_mod.', '')}.": module for name, module in named_heads(root, adapter)}
     source = _Source(adapter, config, root, layers, _other_tensors(tuner, root, adapter), heads, base_name)
@@ -144,19 +145,6 @@ def _only_active(layers: Iterable[PolyLayer]) -> str:
         state = f"Several adapters are active ({sorted(active)})" if active else "No adapter is active"
         raise ValueError(f"{state}, and a LoRA folder holds one. Pass `adapter_name=`.")
     return active.pop()
-
-
-def _check_whole(name: str, layer: PolyLayer, adapter: str, config: PolyConfig) -> None:
-    A, B = layer.poly_lora_A[adapter], layer.poly_lora_B[adapter]
-    h, k, r = config.n_splits, config.n_skills, config.r
-    wanted = ((h, k, layer.in_features // h, r), (h, k, r, layer.out_features // h))
-    found = (tuple(A.shape), tuple(B.shape))
-    if found != wanted or A.is_meta or B.is_meta or hasattr(A, "full_tensor"):
-        where = "meta" if A.is_meta or B.is_meta else A.device.type
-        raise ValueError(
-            f"The tensors of adapter {adapter!r} in {name} are not all here: the config says {wanted}, found {found} "
-            f"on device {where}. A sharded or offloaded adapter must be gathered first: save it, and load it again."
-        )
 
 
 def _other_tensors(tuner: nn.Module, root: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
@@ -243,32 +231,6 @@ def _lora_config(source: _Source) -> LoraConfig:
     )
 
 
-def exact_targets(
-    model: nn.Module, layers: Iterable[str], modules_to_save: Optional[list[str]] = None
-) -> Union[list[str], str]:
-    """`target_modules` with which PEFT adapts exactly these layers of a model.
-
-    Args:
-        model: the base model, with or without adapters in it.
-        layers: names of the layers.
-        modules_to_save: modules that PEFT leaves out because they are saved as they are.
-
-    Returns:
-        The last parts of the names where those single out the layers, else the full names, else (where a full name is
-        also the ending of another layer's) a regular expression.
-    """
-    wanted = set(layers)
-    modules = dict(model.named_modules())
-    adapters = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, adapters))
-    names = {name.replace("_orig_mod.", "") for name in modules if name and not name.startswith(inside)}
-    for targets in (sorted({name.rpartition(".")[2] for name in wanted}), sorted(wanted)):
-        config = LoraConfig(target_modules=targets, modules_to_save=modules_to_save)
-        if {name for name in names if check_target_module_exists(config, name)} == wanted:
-            return targets
-    return "|".join(re.escape(name) for name in sorted(wanted))
-
-
 def folder_names(config: PolyConfig) -> list[str]:
     """A folder name for each task: its name where that is safe as one, else a safe form of it, all different.
 
@@ -335,19 +297,5 @@ A plain LoRA of rank {config.r}: what a task-routed adapter of {config.n_tasks} 
 ```python
 {loading}
 ```
-{_serving(command) if command else ""}"""
+{vllm_section(command) if command else ""}"""
     )
-
-
-def _serving(command: str) -> str:
-    return f"""
-## How to serve it
-
-With vLLM, from the folder that this one lies in:
-
-```sh
-{command}
-```
-
-Requests name the task as their `model`. `--max-loras` says how many tasks a batch may mix.
-"""

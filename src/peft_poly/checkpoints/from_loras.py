@@ -23,10 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
+from ..adapter.targets import exact_targets
 from ..compute.kinds import KINDS
 from ..config import PolyConfig, check_task_names
 from ..layer import PolyLayer
-from .export import exact_targets
 from .finding import find_file
 
 __all__ = ["from_loras"]

@@ -8,9 +8,10 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from ..config import PolyConfig
 from ..layer import PolyLayer
 
-__all__ = ["check_given", "check_whole"]
+__all__ = ["check_given", "check_layer_whole", "check_whole"]
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # in names of modules, not in a state dict
 GATHER = (
@@ -44,6 +45,30 @@ def check_whole(model: nn.Module, adapter_names: Iterable[str], to: str = "be sa
                     f"Adapter {adapter!r} must be whole to {to}, but it is sharded by {how}, and this process has a "
                     f"part of its tensors in {_clean(name)}. {f'{GATHER} {TRAINER}' if to == 'be saved' else LATER}"
                 )
+
+
+def check_layer_whole(name: str, layer: PolyLayer, adapter: str, config: PolyConfig) -> None:
+    """Check that the tensors of a layer are here, in the shapes that the config says.
+
+    Args:
+        name: of the layer, for the message.
+        layer: the layer.
+        adapter: the adapter.
+        config: its settings.
+
+    Raises:
+        ValueError: they are elsewhere, or a part of them.
+    """
+    A, B = layer.poly_lora_A[adapter], layer.poly_lora_B[adapter]
+    h, k, r = config.n_splits, config.n_skills, config.r
+    wanted = ((h, k, layer.in_features // h, r), (h, k, r, layer.out_features // h))
+    found = (tuple(A.shape), tuple(B.shape))
+    if found != wanted or A.is_meta or B.is_meta or hasattr(A, "full_tensor"):
+        where = "meta" if A.is_meta or B.is_meta else A.device.type
+        raise ValueError(
+            f"The tensors of adapter {adapter!r} in {name} are not all here: the config says {wanted}, found {found} "
+            f"on device {where}. A sharded or offloaded adapter must be gathered first: save it, and load it again."
+        )
 
 
 def check_given(model: nn.Module, adapter: str, state_dict: Mapping[str, Any]) -> None:

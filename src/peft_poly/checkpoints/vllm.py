@@ -9,7 +9,7 @@ from typing import Optional
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["vllm_command", "vllm_serves"]
+__all__ = ["vllm_command", "vllm_section", "vllm_serves"]
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` accepts
 # model types of decoders that vLLM (0.32) runs and adds no LoRA to
@@ -54,3 +54,18 @@ def vllm_command(base_model: Optional[str], rank: int, folders: Mapping[str, str
     loras = " ".join(shlex.quote(f"{name}={folder}") for name, folder in folders.items())
     base = shlex.quote(base_model) if base_model else "BASE_MODEL"
     return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {loras}"
+
+
+def vllm_section(command: str) -> str:
+    """What the card of a LoRA says of vLLM, in Markdown; `command` is that of `vllm_command`."""
+    return f"""
+## How to serve it
+
+With vLLM, from the folder that this one lies in:
+
+```sh
+{command}
+```
+
+Requests name the task as their `model`. `--max-loras` says how many tasks a batch may mix.
+"""
