@@ -50,9 +50,13 @@ class GenerateService(Service):
         super().__init__(model, tokenizer, max_length, max_new_tokens, source)
         self.prompt_first = not model.config.is_encoder_decoder  # in what it generates
         self.padding_side = "left" if self.prompt_first else "right"
-        self.chats = getattr(tokenizer, "chat_template", None) is not None
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @property
+    def chats(self) -> bool:
+        """Whether the tokenizer has a template that makes messages a prompt."""
+        return getattr(self.tokenizer, "chat_template", None) is not None
 
     def describe(self, task: int | str) -> dict[str, Any]:
         """What `/tasks` says of a task."""

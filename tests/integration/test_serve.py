@@ -269,7 +269,7 @@ class TestGeneration:
 
     def test_messages_that_the_template_refuses_are_422(self, serve, service):
         served = service("llama")
-        served.tokenizer.chat_template, served.chats = "{{ raise_exception('Roles must alternate') }}", True
+        served.tokenizer.chat_template = "{{ raise_exception('Roles must alternate') }}"
         body = {"task": "rte", "messages": [{"role": "user", "content": "w1"}], "max_new_tokens": 2}
         (response,), _ = post_all(serve.create_app(served), "/generate", [body])
         assert response.status_code == 422
