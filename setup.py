@@ -69,7 +69,7 @@ setup(
     entry_points={"console_scripts": ["peft-poly = peft_poly_cli:main"]},
     python_requires=">=3.10",
     install_requires=[
-        "accelerate>=1.3",
+        "accelerate>=1.10.1",
         "aenum>=3.1.15",
         "huggingface_hub>=0.36",
         "peft>=0.21.0,<0.22",
@@ -77,7 +77,7 @@ setup(
         "safetensors>=0.5",
         "torch>=2.6",
         "transformers>=4.57",
-        "typer>=0.20",
+        "typer>=0.26",
     ],
     extras_require=EXTRAS,
     classifiers=[

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peft
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -33,5 +34,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if "transformers_door" in item.keywords and Version(MIN_PEFT_VERSION) > Version(peft.__version__):
             item.add_marker(pytest.mark.skip(reason=f"transformers wants PEFT {MIN_PEFT_VERSION} for its add_adapter"))
+        if (newer := item.get_closest_marker("transformers_5")) and Version(transformers.__version__).major < 5:
+            item.add_marker(
+                pytest.mark.skip(reason=f"transformers {transformers.__version__} {newer.kwargs['reason']}")
+            )
         if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))

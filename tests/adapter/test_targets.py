@@ -246,7 +246,7 @@ class TestBypassedLayers:
     def test_each_mamba_refuses_what_its_kernel_reads(self, model_type, target):
         model = nn.Sequential()
         model.mixer = nn.ModuleDict({target: nn.Linear(4, 4)})
-        model.config = tf.PreTrainedConfig()
+        model.config = tf.PretrainedConfig()
         model.config.model_type = model_type
         with pytest.raises(
             ValueError, match=rf"'{target}' cannot be adapted in a {model_type} .*Remove \['conv1d', 'out"

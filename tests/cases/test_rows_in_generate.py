@@ -51,7 +51,10 @@ def musicgen() -> nn.Module:
     return tf.MusicgenForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+GUIDED = pytest.param(3.0, marks=pytest.mark.transformers_5(reason="cuts what looks like padding out of the codes"))
+
+
+@pytest.mark.parametrize("scale", [1.0, GUIDED])
 def test_classifier_free_guidance_computes_the_batch_twice_over(scale):
     torch.manual_seed(0)
     model = two_tasks(musicgen(), target_modules=r"(decoder|text_encoder).*(q_proj|fc1|q|v)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import huggingface_hub
 import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
@@ -16,14 +17,19 @@ NO_HUB = "http://127.0.0.1:9"
 @pytest.fixture
 def find(tmp_path, monkeypatch):
     """`find_file` with a Hub of its own, and a cache of its own; it may not wait and ask again."""
+    forget = getattr(
+        huggingface_hub, "configure_http_backend", lambda: None
+    )  # before 1.0, sessions stay offline, or on
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "*")
+    forget()
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("It waits, to ask again."))
 
     def call(endpoint, source, names, **kwargs):
         return find_file(source, names, endpoint=endpoint, cache_dir=tmp_path / "cache", **kwargs).read_text()
 
-    return call
+    yield call
+    forget()
 
 
 class TestFolders:

@@ -14,8 +14,10 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from accelerate.utils import set_seed
 from adapters import GATES
+from packaging.version import Version
 from tiny import VOCAB, llama
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -37,7 +39,12 @@ def build(**settings: Any) -> peft.PeftModel:
 
 def rows() -> list[dict[str, Any]]:
     ids = torch.randint(3, VOCAB, (STEPS * GLOBAL_BATCH, 6), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": row, "labels": row, "task_ids": [0, 0, 1, 2][n % 4]} for n, row in enumerate(ids)]
+    labels = ids.clone()
+    labels[:, 0] = -100  # no token is before it to tell it; transformers 4 counts it in the mean if it is not masked
+    tasks = [[0, 0, 1, 2][n % 4] for n in range(len(ids))]
+    return [
+        dict(zip(("input_ids", "labels", "task_ids"), row, strict=True)) for row in zip(ids, labels, tasks, strict=True)
+    ]
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -221,6 +228,8 @@ def sharding_trainer(folder: Path) -> dict[str, Any]:
     tasks = {"task_ids": ["rte", "boolq"], "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     model = first.deepspeed if first.is_deepspeed_enabled else first.model_wrapped
     model.eval()
+    if first.accelerator.is_fsdp2 and Version(transformers.__version__).major < 5:  # the Trainer of 5 does so itself
+        torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")
     tokens = model.generate(input_ids=rows()[0]["input_ids"].repeat(2, 1), **tasks)
     again = trainer(folder / "out", build(), **settings)
     shard_all(again)

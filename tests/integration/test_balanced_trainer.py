@@ -83,6 +83,7 @@ def test_the_epoch_reaches_the_sampler_when_a_run_of_two_processes_is_resumed(tm
     assert len(resumed) == 2
     trainer.state.epoch = 1.25
     trainer.control = trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    sampler.set_epoch(0)  # as loaders of accelerate before 1.15 do, which begin anew where a run is resumed
     assert sampler.epoch == 1
     assert list(resumed.batch_sampler) == list(batches)[1:]
 

@@ -10,15 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import trainer_steps
-import transformers
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5,
-    reason="transformers 4 opens no optimizer's state on ranks of a CPU",
-)
+@pytest.mark.transformers_5(reason="opens no optimizer's state on ranks of a CPU")
 def test_two_processes_do_together_what_one_does(tmp_path):
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import transformers
 from adapters import GATES
 from rows import arguments, tokenizer
 from tiny import TASKS, llama
@@ -111,10 +110,10 @@ def plain_loop(model: nn.Module, steps: int = 2, size: int = 4, completions: boo
 
 
 # ---------------------------------------------------------------------------------------------------------- the recipe
-old = pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="counts the first token as a label")
+newer = pytest.mark.transformers_5(reason="counts the first token as a label")
 
 
-@pytest.mark.parametrize("form", [pytest.param("text", marks=old), "prompt and completion"])
+@pytest.mark.parametrize("form", [pytest.param("text", marks=newer), "prompt and completion"])
 @pytest.mark.parametrize(("column", "settings"), [("task", {}), ("task_ids", {}), ("task", GATES)], ids=str)
 def test_sft_trains_as_a_plain_loop_does(tmp_path, form, column, settings):
     trainer = sft(tmp_path, data=texts(form, column), peft_config=poly(**settings))
@@ -244,7 +243,7 @@ def test_with_our_collator_trl_refuses_such_batches_first(tmp_path, settings):
 
 @pytest.mark.parametrize("column", ["task", "task_ids"])
 def test_the_set_task_does_not_speak_for_rows_of_other_tasks(tmp_path, column):
-    settings = {"padding_free": True, "max_length": None, "max_steps": 1, "shuffle_dataset": False}
+    settings = {"padding_free": True, "max_length": None, "max_steps": 1}
     trainer = sft(tmp_path, data=texts(column=column), settings=settings, data_collator=None)
     trainer.model.set_task("sst2")
     said = "'rte'" if column == "task" else "0"

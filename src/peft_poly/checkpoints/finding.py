@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 __all__ = ["MissingError", "find_file"]
 
@@ -27,6 +28,10 @@ REASONS = {  # what the Hub's errors mean, the special before the general
     OfflineModeIsEnabled: "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub",
     LocalEntryNotFoundError: "it is not in the cache, and the Hub was not asked",
 }
+
+
+BUSY = (429, 500, 502, 503, 504)  # a Hub that is worth asking again
+SECONDS = 10.0  # that it has to answer
 
 
 class MissingError(FileNotFoundError, ValueError):
@@ -77,6 +82,8 @@ def _on_hub(repo: str, name: str, hub_kwargs: dict[str, Any]) -> Optional[Path]:
     except Exception as error:  # where there is no network: of requests, httpx or httpx2, by the client's version
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
+        if not isinstance(error, HfHubHTTPError) and (cached := _in_cache(repo, name, **hub_kwargs)):
+            return cached
         said = str(error).strip().partition("\n")[0] or type(error).__name__
         unreached = f"the Hub cannot be asked: {said}"
         reason = next((why for kind, why in REASONS.items() if isinstance(error, kind)), unreached)
@@ -89,7 +96,6 @@ def _ask(
     repo: str,
     name: str,
     *,
-    cache_dir: Any = None,
     endpoint: Optional[str] = None,
     revision: Optional[str] = None,
     subfolder: Optional[str] = None,
@@ -97,11 +103,21 @@ def _ask(
     **kwargs: Any,
 ) -> None:
     """Raises what the Hub says to one request. The download repeats one that fails, for half a minute."""
+    url = hf_hub_url(repo, name, subfolder=subfolder, revision=revision, endpoint=endpoint)
+    response = get_session().head(url, headers=build_hf_headers(token=token), timeout=SECONDS)
+    if response.status_code >= 400 and response.status_code not in BUSY:
+        hf_raise_for_status(response)
+
+
+def _in_cache(
+    repo: str,
+    name: str,
+    *,
+    cache_dir: Any = None,
+    revision: Optional[str] = None,
+    subfolder: Optional[str] = None,
+    **kwargs: Any,
+) -> Optional[Path]:
     path = f"{subfolder}/{name}" if subfolder else name
-    if isinstance(try_to_load_from_cache(repo, path, cache_dir=cache_dir, revision=revision), str):
-        return  # what is there is used where the Hub is not
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, path, revision=revision, endpoint=endpoint), token=token)
-    except HfHubHTTPError as error:
-        if error.response is None or error.response.status_code not in (429, 500, 502, 503, 504):
-            raise  # a Hub that is busy is worth asking again
+    found = try_to_load_from_cache(repo, path, cache_dir=cache_dir, revision=revision)
+    return Path(found) if isinstance(found, str) else None

@@ -32,6 +32,7 @@ AUTO_CLASSES = {
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 LAST_OF_HEAD = re.compile(r"\.(classifier|score|classifier\.out_proj)\.weight$")
 CONFIG = "config.json"
+UNFIT = ("ignore_mismatched_sizes", "copying a param with shape")  # of transformers 5, and of 4
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 
 
@@ -128,7 +129,7 @@ def _loading(config: PeftConfig, base: str) -> Iterator[None]:
         find_file(base, (CONFIG,), **_revision(config, base))  # transformers asks many times for what is not there
         yield
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        unfit = "ignore_mismatched_sizes" in str(error)  # transformers says it in a table, which is not shown
+        unfit = any(sign in str(error) for sign in UNFIT)  # transformers says it in a table, which is not shown
         reason = "its weights have other sizes than its config.json says." if unfit else error
         raise ValueError(f"The base model {base!r} cannot be loaded: {reason}") from error
 

@@ -205,7 +205,7 @@ class TaskSamplingMixin(_Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         tasks = tasks_of(rows)
         self._check_known(tasks)
-        self._task_sampler = TaskSampler(tasks, self.task_balance, seed=seed)
+        self._task_sampler = _TrainersSampler(tasks, self.task_balance, seed=seed)
         return self._task_sampler
 
     def _check_known(self, tasks: Sequence[Union[int, str]]) -> None:
@@ -238,6 +238,13 @@ def _order_of_rows(args: Any) -> Optional[str]:
     return "`group_by_length=True`" if getattr(args, "group_by_length", False) else None
 
 
+class _TrainersSampler(TaskSampler):
+    """Takes its epoch from the `Trainer` alone: loaders of accelerate begin at 0 again where a run is resumed."""
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+
 class _Epochs(TrainerCallback):
     """Tells the sampler the epoch, which accelerate does not where a run with several processes is resumed."""
 
@@ -245,4 +252,4 @@ class _Epochs(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._task_sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+        self.trainer._task_sampler.epoch = int((state.epoch or 0) + 1e-6)

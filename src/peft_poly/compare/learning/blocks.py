@@ -42,6 +42,7 @@ class Blocks:
             raise ValueError(f"The encoder has {len(self.stack)} blocks, so {adapted} of them cannot be adapted.")
         self.lower = self.stack[: len(self.stack) - adapted] if adapted else []
         self.first = self.stack[len(self.lower)] if self.lower else None
+        self._give_tuples = False  # the blocks, hidden states first: those of transformers 4 do
         inside = [f"{name}.{n}." for n in range(len(self.lower), len(self.stack))]
         self.targets = [
             path
@@ -71,7 +72,7 @@ class Blocks:
 
         with _hooked(self.first, give):
             for block in self.lower:
-                block.forward = _handed_on
+                block.forward = _handed_on_first if self._give_tuples else _handed_on
             try:
                 yield
             finally:
@@ -83,13 +84,18 @@ class Blocks:
         """Whether an encoder comes to the same from kept states: blocks may hand on more than hidden states."""
         if self.first is None:
             return False
+        noting = self.lower[0].register_forward_hook(self._note_output)
         with self.watched() as found:
             wanted = encoder(**inputs).last_hidden_state
+        noting.remove()
         try:
             with self.given(found[0]):
                 return torch.allclose(encoder(**inputs).last_hidden_state, wanted, rtol=1e-4, atol=1e-5)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False
+
+    def _note_output(self, block: nn.Module, args: Any, output: Any) -> None:
+        self._give_tuples = isinstance(output, tuple)
 
 
 def _hidden(args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -109,3 +115,7 @@ def _hooked(block: Optional[nn.Module], hook: Callable[..., Any]) -> Iterator[No
 def _handed_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Stands for the forward of a block that has nothing to do."""
     return hidden_states
+
+
+def _handed_on_first(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+    return (hidden_states,)
