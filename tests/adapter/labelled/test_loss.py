@@ -68,6 +68,12 @@ def test_an_unlabelled_cell_of_several_labels_leaves_the_others():
     torch.testing.assert_close(label_loss(logits[3:], labels[3:], torch.tensor([3]), heads), want)
 
 
+def test_a_number_for_a_row_that_has_several_labels_is_refused():
+    heads, _, logits = case()
+    with pytest.raises(ValueError, match=r"Row 3 .* 'genres', has the label 0\. Allowed is a list of 3 zeros and ones"):
+        label_loss(logits, torch.tensor([1, 2, 0, 0]), torch.arange(4), heads)
+
+
 def test_the_sum_is_divided_by_the_items_that_are_said():
     heads, _, logits = case()
     mean = label_loss(logits, targets(), torch.arange(4), heads)

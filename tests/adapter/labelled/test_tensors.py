@@ -13,8 +13,8 @@ TABLE = LabelTable(read_task_labels(LABELS, NAMES), 4, "cpu")
 TASKS = torch.arange(4)
 
 
-def check(labels, tasks=TASKS, per_row=1):
-    check_labels(label_cells(labels, labels.shape[:1], 4), tasks, TABLE, per_row)
+def check(labels, tasks=TASKS, per_row=1, columns=None):
+    check_labels(label_cells(labels, labels.shape[:1], 4), tasks, TABLE, per_row, columns)
 
 
 class TestCells:
@@ -69,6 +69,16 @@ class TestChecks:
         labels[row] = torch.tensor([*cells, -100, -100, -100][:4])
         with pytest.raises(ValueError, match=message):
             check(labels)
+
+    @pytest.mark.parametrize("columns", [1, 2])
+    def test_fewer_columns_than_a_task_has_labels_are_none_of_it(self, columns):
+        labels = targets()[:, :columns]
+        with pytest.raises(
+            ValueError, match=r"Row 3 .* 'genres', has the label .*Allowed is a list of 3 zeros and ones"
+        ):
+            check(labels, columns=columns)
+        labels[3] = -100
+        check(labels, columns=columns)
 
     def test_a_token_is_named_with_its_row(self):
         cells = label_cells(torch.tensor([[0, 1, 1], [0, 7, 1]]), torch.Size([2, 3]), 4)

@@ -44,7 +44,8 @@ def label_loss(
     per_row = places[1:].numel()
     cells = label_cells(labels, places, width)
     tasks = tasks.expand(places[0]).repeat_interleave(per_row)
-    check_labels(cells, tasks.to(cells.device), _table(heads, cells.device), per_row)
+    columns = labels.shape[-1] if labels.dim() > len(places) else 1
+    check_labels(cells, tasks.to(cells.device), _table(heads, cells.device), per_row, columns)
     table, tasks = _table(heads, logits.device), tasks.to(logits.device)
     cells = cells.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
     losses, labelled = _losses(logits.reshape(-1, width).to(cells.dtype), cells, tasks, table, smoothing)

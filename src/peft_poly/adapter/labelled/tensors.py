@@ -8,7 +8,7 @@ number in column 0 and -100 after it. -100 is unlabelled.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch.nn import functional
@@ -73,7 +73,9 @@ def places_labelled(labels: torch.Tensor, n_dims: int) -> torch.Tensor:
     return labelled.any(-1) if labels.dim() > n_dims else labelled
 
 
-def check_labels(cells: torch.Tensor, tasks: torch.Tensor, table: LabelTable, per_row: int = 1) -> None:
+def check_labels(
+    cells: torch.Tensor, tasks: torch.Tensor, table: LabelTable, per_row: int = 1, columns: Optional[int] = None
+) -> None:
     """Check that each label is one that its task has.
 
     Args:
@@ -81,6 +83,8 @@ def check_labels(cells: torch.Tensor, tasks: torch.Tensor, table: LabelTable, pe
         tasks: LongTensor `(n,)`, the task of each place.
         table: what the labels are.
         per_row: places of a row, such as tokens, for the message.
+        columns: those that the labels came with. None: all. What lies after them is no choice of the caller, so a
+            place with several labels must have as many as its task.
 
     Raises:
         ValueError: one is not; the message has the row, the task, the value and what is allowed. On an accelerator,
@@ -91,6 +95,8 @@ def check_labels(cells: torch.Tensor, tasks: torch.Tensor, table: LabelTable, pe
     is_class = (first >= 0) & (first < own.sum(-1)) & (first == first.floor())
     one = torch.where(number, first.isfinite(), is_class | ~used[:, 0]) & ~used[:, 1:].any(-1)
     several = (((cells >= 0) & (cells <= 1)) | ~used).all(-1) & (~used | own).all(-1)
+    if columns is not None:
+        several &= ~used.any(-1) | (own.sum(-1) <= columns)
     fine = torch.where(multi, several, one)
     if torch.compiler.is_compiling() or cells.device.type != "cpu":
         torch._assert_async(fine.all(), "a label lies outside of the labels of its task")
