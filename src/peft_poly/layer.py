@@ -151,6 +151,11 @@ class PolyLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; tasks that `use_task` has entered are not those of another of its name."""
+        self.task_context.moves += 1
+        super().delete_adapter(adapter_name)
+
     def reset_poly_parameters(self, adapter_name: str, init_weights: Any, reset_router: bool = True) -> None:
         """Draw the parameters of an adapter anew; see `PolyConfig.init_weights`.
 

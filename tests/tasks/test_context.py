@@ -254,6 +254,39 @@ def test_changing_the_adapter_inside_a_block_resolves_the_names_anew(x):
     same(model(x), naive_mlp(model, x, {"default": [0, 0, 0]}))
 
 
+@pytest.mark.parametrize("tasks", ["sst2", 1, ["rte", "sst2", "sst2"], torch.tensor([0, 1, 1])], ids=str)
+def test_ids_that_have_moved_inside_a_block_are_refused(model, x, tasks):
+    with model.use_task(tasks):
+        model(x)
+        model.remove_tasks("boolq")
+        for call in (lambda: model(x), lambda: model.get_base_model()(x)):
+            with pytest.raises(ValueError, match="Tasks or adapters were removed after these were entered"):
+                call()
+        same(model(x, task_ids="sst2"), expected(model, x, 1, 1, 1))
+        with model.use_task("sst2"):
+            same(model(x), expected(model, x, 1, 1, 1))
+    same(model(x, task_ids=[0, 1, 0]), expected(model, x, 0, 1, 0))
+
+
+def test_a_block_of_an_adapter_that_was_deleted_is_not_one_of_the_next_of_its_name(model, x):
+    with model.use_task("rte"):
+        model.add_adapter("other", config())
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        model.add_adapter("default", config(task_names=TASKS[::-1]))
+        model.set_adapter("default")
+        with pytest.raises(ValueError, match="removed after these were entered: 'rte'"):
+            model(x)
+        model(x, task_ids="rte")
+
+
+def test_tasks_that_join_inside_a_block_leave_it_as_it_is(model, x):
+    with model.use_task(["rte", "boolq", "sst2"]):
+        wanted = model(x)
+        model.add_tasks(["new"])
+        assert torch.equal(model(x), wanted)
+
+
 def test_a_merge_inside_a_block_is_not_computed_for_the_blocks_task(model, x):
     with model.use_task("rte"):
         model.merge_adapter(task="sst2")

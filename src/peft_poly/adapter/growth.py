@@ -88,6 +88,8 @@ def remove_tasks(
     defaults = [_default_after(context, config, adapter_name, kept) for context in contexts]
     for context, default in zip(contexts, defaults, strict=True):
         context.default = default
+    for context in {id(layer.task_context): layer.task_context for layer in layers}.values():
+        context.moves += 1
     for module in heads:
         left = {_place(module, config, task) for task in gone}
         dropped = [part for head in left if head is not None for part in module.pair(head)]

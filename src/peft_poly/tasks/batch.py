@@ -90,6 +90,7 @@ class TaskBatch:
         uniform: for each adapter whether all rows are known to have the same task.
         unknown: for each adapter that does not have all the names, the first that it lacks.
         in_call: the model is being called with these very rows, so that its layers' inputs can be known to have them.
+        moves: `TaskContext.moves` of the time when the ids were those of these tasks.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class TaskBatch:
         uniform: dict[str, bool],
         unknown: Optional[dict[str, str]] = None,
         in_call: bool = False,
+        moves: int = 0,
     ) -> None:
         self.given, self.ids, self.uniform, self.in_call = given, ids, uniform, in_call
-        self.unknown = unknown or {}
+        self.unknown, self.moves = unknown or {}, moves
         self.mixed = not all(uniform.values())
         self._grouped: dict[Any, Rows] = {}
         self._repeated: dict[Any, TaskBatch] = {}
@@ -124,7 +126,7 @@ class TaskBatch:
                     known = known.repeat_interleave(times) if times > 1 else known
                     known = known.repeat(2) if doubled else known
                 ids[name] = known
-            self._repeated[key] = TaskBatch(self.given, ids, self.uniform, self.unknown, in_call=True)
+            self._repeated[key] = TaskBatch(self.given, ids, self.uniform, self.unknown, True, self.moves)
         return self._repeated[key]
 
     def by_task(self) -> list[tuple[list[int], TaskBatch]]:
@@ -138,7 +140,8 @@ class TaskBatch:
             for tasks, members in rows.items():
                 ids = {name: torch.tensor([task]) for name, task in zip(self.ids, tasks, strict=True)}
                 uniform = dict.fromkeys(ids, True)
-                self._by_task.append((members, TaskBatch(tasks[0], ids, uniform, self.unknown, self.in_call)))
+                one = TaskBatch(tasks[0], ids, uniform, self.unknown, self.in_call, self.moves)
+                self._by_task.append((members, one))
         return self._by_task
 
     def rows(self, adapter_name: str, n_rows: int, layer: str = "layer") -> torch.Tensor:

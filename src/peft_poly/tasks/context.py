@@ -42,6 +42,7 @@ class TaskContext:
 
     def _forget(self) -> None:
         self.entries = Entries()
+        self.moves = 0  # how often ids have come to mean other tasks
         self.known_calls: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()  # see `calls.py`
         self.serving: Any = None  # what layers keep inside `with model.serving():`
         self._chosen: Union[int, str, dict[str, Union[int, str]], None] = None
@@ -68,7 +69,7 @@ class TaskContext:
                 unknown[name] = stranger
             if name in self.merged:
                 self._check_merged(name, ids[name])
-        return TaskBatch(task_ids, ids, uniform, unknown)
+        return TaskBatch(task_ids, ids, uniform, unknown, moves=self.moves)
 
     def check_known(self, batch: TaskBatch) -> None:
         """Raise for names that the adapters do not have, which only evaluation lets in."""
@@ -96,12 +97,17 @@ class TaskContext:
         Returns None where an adapter has just one task, which then needs no saying.
 
         Raises:
-            ValueError: an adapter has several tasks and none was said.
+            ValueError: an adapter has several tasks and none was said; tasks were removed inside of `use_task`.
         """
         if task_ids is not None:
             return self.resolve(task_ids, adapters, n_rows)
         entry = self._entry()
         if entry is not None and entry.batch is not None:
+            if entry.batch.moves != self.moves:
+                raise ValueError(
+                    f"Tasks or adapters were removed after these were entered: {entry.batch.given!r}. Their ids are "
+                    "those of other tasks by now. Leave `use_task` before, and enter it again."
+                )
             anew = [name for name in adapters if name not in entry.batch.ids or name in self.merged]
             if anew or (entry.batch.unknown and not entry.batch.in_call):  # they may have been added since
                 return self.resolve(entry.batch.given, adapters, n_rows)
