@@ -20,8 +20,10 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 @pytest.fixture(autouse=True)
 def _process_state():
     torch.manual_seed(0)
-    dtype = torch.get_default_dtype()
+    dtype, environment = torch.get_default_dtype(), dict(os.environ)
     yield
+    for name in os.environ.keys() - environment.keys():  # what a Trainer says to accelerate outlives it
+        del os.environ[name]
     torch.set_default_dtype(dtype)
     torch._dynamo.reset()
     if "matplotlib.pyplot" in sys.modules:  # pages that draw leave their pictures open

@@ -125,3 +125,37 @@ def test_a_state_without_rows_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match=r"AdamW keeps 'absmax1' of a router \(3, 2\) as a Tensor \(7,\)"):
         model.add_tasks(["cb"], optimizer=optimizer)
     assert model.task_names == TASKS
+
+
+GONE = "holds parameters of an adapter that `add_tasks`, `remove_tasks` or `average_skills` has replaced since"
+
+
+@pytest.mark.parametrize("settings", [{}, {"poly_type": "gates", "n_skills": 1}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m.add_tasks(["cb"]), lambda m: m.remove_tasks("rte"), lambda m: (m.average_skills(), m.train_all())],
+    ids=["add", "remove", "average"],
+)
+def test_an_optimizer_that_holds_what_was_replaced_takes_no_step(change, settings):
+    model = adapted(**settings)
+    optimizer = create_poly_optimizer(model, torch.optim.AdamW, lr=0.01)
+    steps(model, optimizer, ["sst2"])
+    change(model)
+    with pytest.raises(ValueError, match=GONE):
+        steps(model, optimizer, ["sst2"])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    steps(model, create_poly_optimizer(model, torch.optim.AdamW, lr=0.01), ["sst2"])
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_an_optimizer_without_the_rows_goes_on():
+    model = adapted()
+    skills = torch.optim.AdamW([p for name, p in model.named_parameters() if "poly_lora" in name])
+    model.add_tasks(["cb"])
+    steps(model, skills, ["cb"])
+    frozen = adapted()
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_("poly_lora" in name)
+    optimizer = torch.optim.AdamW(frozen.parameters())  # holds frozen rows, which learn nothing before and after
+    frozen.add_tasks(["cb"])
+    steps(frozen, optimizer, ["cb"])

@@ -66,6 +66,14 @@ def test_a_rival_that_is_ahead_of_routing_is_advised():
     assert said.endswith("So train a LoRA for each task.")
 
 
+def test_a_rival_that_is_ahead_of_one_routed_method_and_not_of_the_other_is_not_ahead_of_routing():
+    found = comparison({**BASE, "one shared LoRA": 0.9, GATES: 0.9, POLY: 0.8})
+    found.runs[POLY] = [Trained(10, 0.99, 0.5, found.runs[POLY][0].right, 1000)]  # best on validation rows
+    said = verdict(found)
+    assert said.startswith("For these tasks one shared LoRA does as well: gates, head per task is ")
+    assert said.endswith("So train one LoRA on all rows.")
+
+
 def test_rows_too_few_to_tell_are_said_to_be_so():
     said = verdict(comparison({**BASE, POLY: 0.75, GATES: 0.6}, rows=40, apart=True))
     assert said.startswith("These test rows do not tell Poly, head per task from one shared LoRA")

@@ -9,17 +9,20 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import resume_steps
 import torch
+from packaging.version import Version
 from transformers.trainer_utils import get_last_checkpoint
 
 HERE = Path(__file__).parent
 
 
 SAMPLINGS = ["shuffled", "uniform", "gates"]
+OLD = Version(version("accelerate")) < Version("1.15") and Version(version("transformers")).major < 5
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,8 @@ def killed(tmp_path_factory) -> Path:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, killed, sampling):
+    if OLD and sampling != "uniform":  # whose order of rows is ours
+        pytest.skip("accelerate before 1.15 draws the rows of the first epoch again")
     whole = resume_steps.trainer(tmp_path, sampling)
     whole.train()
     checkpoint = Path(get_last_checkpoint(str(killed / sampling)))

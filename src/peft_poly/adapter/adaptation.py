@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import nn
+
 from ..compute.kinds import KINDS
 from ..compute.states import lasting
 from ..config import PolyConfig
 from ..layer import PolyLayer
+from .optimizer_state import leave_behind
 
 __all__ = ["average_skills", "is_router_only", "train_all", "train_router_only"]
 
@@ -15,20 +18,23 @@ SKILLS = ("poly_lora_A", "poly_lora_B")
 ROUTER = ("poly_router",)
 
 
-def train_router_only(layers: Iterable[PolyLayer], adapter_name: str) -> None:
-    """MHR-z: the router learns, the skills do not, until `train_all`; `set_adapter` does not thaw them."""
+def train_router_only(layers: Iterable[PolyLayer], adapter_name: str, has_heads: bool = False) -> None:
+    """MHR-z: the router learns, the skills do not, until `train_all`; `set_adapter` does not thaw them.
+
+    With one skill nothing of the layers learns, which is for adapters whose tasks have heads to learn.
+    """
     layers = list(layers)
-    if not any(_routes(layer, adapter_name) for layer in layers):
+    if not has_heads and not any(_routes(layer, adapter_name) for layer in layers):
         raise ValueError(
             f"Adapter {adapter_name!r} has one skill, so its router has nothing to learn. Train it with `train_all()`."
         )
     for layer in layers:
-        _train(layer, adapter_name, frozen=SKILLS)
+        _train(layer, adapter_name, frozen=SKILLS if _routes(layer, adapter_name) else (*SKILLS, *ROUTER))
 
 
 def is_router_only(layers: Iterable[PolyLayer], adapter_name: str) -> bool:
     """Whether `train_router_only` froze the skills of an adapter."""
-    return any(layer.frozen_peft_weight_names.get(adapter_name) == SKILLS for layer in layers)
+    return any(layer.frozen_peft_weight_names.get(adapter_name, ())[: len(SKILLS)] == SKILLS for layer in layers)
 
 
 def train_all(layers: Iterable[PolyLayer], adapter_name: str) -> None:
@@ -43,11 +49,22 @@ def average_skills(config: PolyConfig, layers: Iterable[PolyLayer], adapter_name
     layers = list(layers)
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"Adapter {adapter_name!r} is merged. Call `unmerge_adapter()` before its skills change.")
+    before = _parameters(layers, adapter_name)
     KINDS[config.poly_type].average(layers, adapter_name)
+    after = _parameters(layers, adapter_name)
+    for gone in before.keys() - after.keys():
+        leave_behind(before[gone])
     for layer in layers:
         layer.frozen_peft_weight_names[adapter_name] = ROUTER
         layer.poly_router[adapter_name].requires_grad_(False)
     config.n_skills = 1
+
+
+def _parameters(layers: list[PolyLayer], adapter_name: str) -> dict[int, nn.Parameter]:
+    """Those of an adapter, by `id`."""
+    held = [getattr(layer, name)[adapter_name] for layer in layers for name in SKILLS]
+    held += [p for layer in layers for p in layer.poly_router[adapter_name].parameters()]
+    return {id(parameter): parameter for parameter in held}
 
 
 def _routes(layer: PolyLayer, adapter_name: str) -> bool:

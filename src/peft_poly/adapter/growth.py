@@ -17,7 +17,7 @@ from ..router import Router
 from ..tasks.context import TaskContext
 from ..tasks.ids import resolve_task
 from .labelled.heads import TaskHeads
-from .optimizer_state import Change, carry_state, check_state, forget, train_beside
+from .optimizer_state import Change, carry_state, check_state, forget, leave_behind, train_beside
 
 __all__ = ["Init", "add_tasks", "remove_tasks", "rename_task"]
 
@@ -248,6 +248,7 @@ def _replace_rows(
             router.module_logits = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
         if optimizer is not None:
             carry_state(optimizer, old, router.module_logits, change_state or change)
+        leave_behind(old)
     for layer in layers:
         layer.n_tasks[adapter_name] = n_tasks
     config.n_tasks = n_tasks

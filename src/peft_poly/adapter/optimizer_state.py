@@ -1,4 +1,7 @@
-"""What an optimizer has gathered about router rows, when rows come and go: the parameter is a new object then."""
+"""What an optimizer has gathered about router rows, when rows come and go: the parameter is a new object then.
+
+An optimizer that nobody passed still holds the old one, and would train nothing: its next step is refused.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["Change", "carry_state", "check_state", "forget", "train_beside"]
+__all__ = ["Change", "carry_state", "check_state", "forget", "leave_behind", "train_beside"]
 
 Change = Callable[[torch.Tensor], torch.Tensor]
+LEFT = "_peft_poly_left_behind"  # attribute of a parameter that learnt, and has been replaced
+_watched = False
 
 
 def check_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
@@ -68,6 +74,25 @@ def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[Optional[Any]]
                 group[key] = [group[key][at] for at in kept]
     for parameter in [parameter for parameter in optimizer.state if id(parameter) in gone]:
         del optimizer.state[parameter]
+
+
+def leave_behind(parameter: nn.Parameter) -> None:
+    """Say that a parameter has been replaced. If it learnt, an optimizer that still holds it takes no further step."""
+    global _watched
+    if parameter.requires_grad:
+        setattr(parameter, LEFT, True)
+        if not _watched:
+            register_optimizer_step_pre_hook(_refuse_what_was_left)
+            _watched = True
+
+
+def _refuse_what_was_left(optimizer: torch.optim.Optimizer, *step: Any) -> None:
+    if any(hasattr(parameter, LEFT) for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            f"This {type(optimizer).__name__} holds parameters of an adapter that `add_tasks`, `remove_tasks` or "
+            "`average_skills` has replaced since, so they would learn nothing. Pass it to these, "
+            "`add_tasks(..., optimizer=optimizer)`, or make it anew afterwards; with a `Trainer`, make a new one."
+        )
 
 
 def _is_of_all(value: Any, name: str, parameter: nn.Parameter) -> bool:

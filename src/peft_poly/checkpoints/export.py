@@ -279,6 +279,10 @@ def _card(source: _Source, task_id: int, command: Optional[str]) -> ModelCard:
         lines += [f"from transformers import {cls}", "", *_base_lines(source, cls, task_id)]
     else:
         lines += ["", f"base = ...  # the {type(base).__name__} that the adapter was trained on"]
+        for key, heads in source.heads.items():
+            layer = _head(source, heads, task_id)
+            size = f"{layer.in_features}, {layer.out_features}{'' if heads.has_bias else ', bias=False'}"
+            lines += [f"# its `{key.removeprefix(PREFIX)[:-1]}` must be a `torch.nn.Linear({size})`, that of this task"]
     lines += ['model = PeftModel.from_pretrained(base, "...")  # this folder, or the id of its repository']
     loading = "\n".join(lines)
     return ModelCard(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -12,13 +13,16 @@ from typing import Any, Union
 import torch
 from peft.config import PeftConfig
 from peft.peft_model import PeftModel
+from torch import nn
 
+from ..adapter.labelled.described import check_described, described
 from ..compute.onloading import onloaded
 from ..labels import TaskLabels
 from ..layer import PolyLayer
-from .reading import read_config
+from .finding import find_file
+from .reading import HEADS, read_config
 
-__all__ = ["check_task_names", "difference", "load_adapter"]
+__all__ = ["check_heads", "check_task_names", "difference", "load_adapter"]
 
 
 def load_adapter(original: Callable, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -29,9 +33,10 @@ def load_adapter(original: Callable, model: PeftModel, *args: Any, **kwargs: Any
     """
     call = inspect.signature(original).bind(*args, **kwargs)
     name, source = call.arguments["adapter_name"], call.arguments["model_id"]
+    hub_kwargs, _ = model._split_kwargs(call.arguments.get("kwargs", {}))
     if name in model.peft_config:
-        hub_kwargs, _ = model._split_kwargs(call.arguments.get("kwargs", {}))
         check_task_names(source, model.peft_config[name], name, **hub_kwargs)
+    check_heads(source, model.get_base_model(), name, **hub_kwargs)
     with torch.inference_mode(False), onloaded(model, changed=True):
         result = original(*args, **kwargs)
     _warn_of_what_has_no_place(result.unexpected_keys, name)
@@ -67,6 +72,21 @@ def check_task_names(source: Union[str, Path], config: PeftConfig, adapter_name:
             "`PeftModel.from_pretrained(..., is_trainable=True)` and use `add_tasks`."
         )
     _check_labels(source, getattr(found, "labels", None) or {}, getattr(config, "labels", None) or {}, adapter_name)
+
+
+def check_heads(source: Union[str, Path], model: nn.Module, adapter_name: str, **hub_kwargs: Any) -> None:
+    """Raise if the heads of modules of one's own are not those whose weights were saved. Old checkpoints do not say.
+
+    Raises:
+        ValueError: they are for other tasks or labels, or in another order.
+    """
+    here = described(model, adapter_name)
+    if here:
+        try:
+            file = find_file(source, (HEADS,), **hub_kwargs)
+        except FileNotFoundError:
+            return
+        check_described(json.loads(file.read_text(encoding="utf-8")), here, str(source))
 
 
 def _check_labels(

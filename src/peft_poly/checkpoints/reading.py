@@ -27,6 +27,7 @@ from .finding import find_file
 __all__ = ["Routing", "read_config", "read_routing"]
 
 CONFIG = "adapter_config.json"
+HEADS = "task_heads.json"  # of modules of one's own; see `adapter/labelled/described.py`
 ROUTER_KEY = "poly_router.module_logits"
 ALL_LAYERS = "all layers"
 TYPES = ("PEFT_POLY", "POLY")

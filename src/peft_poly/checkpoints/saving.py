@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import shutil
 import tempfile
@@ -17,9 +18,11 @@ from peft.peft_model import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
 
+from ..adapter.labelled.described import described
 from ..compute.kinds import KINDS
 from ..compute.onloading import onloaded
 from ..config import PolyConfig
+from .reading import HEADS
 from .sharding import check_given, check_whole
 
 __all__ = ["create_or_update_model_card", "push_to_hub", "save_pretrained"]
@@ -59,9 +62,17 @@ def save_pretrained(original: Callable, model: PeftModel, save_directory: str, *
             shutil.copy(target / CARD, staging / CARD)
         with onloaded(model):
             original(str(staging), *args, **kwargs)
+        for name in call.arguments["selected_adapters"] or model.peft_config:
+            _describe_heads(model, name, staging if name == "default" else staging / name)
         _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _describe_heads(model: PeftModel, adapter_name: str, folder: Path) -> None:
+    heads = described(model.get_base_model(), adapter_name)
+    if heads and folder.is_dir():
+        (folder / HEADS).write_text(json.dumps(heads, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _check_tensors(model: PeftModel, adapter_names: Any, state_dict: Optional[dict[str, Any]]) -> None:

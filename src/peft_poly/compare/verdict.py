@@ -15,8 +15,8 @@ def verdict(comparison: Comparison) -> str:
     """Whether routing pays on these tasks, by how much, and what to do.
 
     Routing pays if the routed method that did best on validation rows is ahead of every rival, each interval above 0.
-    It does not if one of them is ahead of it. Else the simplest of those that it is not ahead of is advised, either
-    because it does as well, within two points, or because the rows do not tell.
+    It does not if one of them is ahead of it, and of the other routed methods too. Else the simplest of those that it
+    is not ahead of is advised, either because it does as well, within two points, or because the rows do not tell.
     """
     routed = max((m for m in METHODS if m.routed), key=lambda method: comparison.validation(method.name))
     best = max(METHODS, key=lambda method: comparison.validation(method.name))
@@ -31,6 +31,9 @@ def verdict(comparison: Comparison) -> str:
     level = [method for method, found in rivals.items() if not _is_ahead(found) and method not in ahead]
     if ahead:
         winner = max(ahead, key=lambda method: comparison.validation(method.name))
+        for other in METHODS:  # which of the routed did best on validation rows may be a matter of one row
+            if other.routed and not _is_ahead(found := comparison.difference(winner.name, other.name)):
+                return _simplest(other, winner, _turned(found))
         return (
             f"For these tasks routing does not pay: {winner.name} is ahead of {routed.name} by "
             f"{points(_turned(rivals[winner]))} points. So {winner.advice}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -12,7 +13,7 @@ from torch import nn
 from ..adapter.labelled.heads import TaskHeads
 from ..layer import PolyLayer
 
-__all__ = ["create_poly_optimizer", "poly_parameter_groups"]
+__all__ = ["create_poly_optimizer", "poly_parameter_groups", "warn_of_untrained"]
 
 
 def poly_parameter_groups(
@@ -119,6 +120,23 @@ def create_poly_optimizer(
     if heads and hasattr(optimizer, "register_step_pre_hook"):
         optimizer.register_step_pre_hook(functools.partial(_leave_unasked, heads))
     return optimizer
+
+
+def warn_of_untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Warn of trainable parameters that an optimizer lacks which trains others of the model.
+
+    A `Trainer` keeps its optimizer from one `train()` to the next, and what was thawed or added between is not in it.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    learn = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    left = [name for name, parameter in learn.items() if parameter not in held]
+    if left and len(left) < len(learn):  # none at all: FSDP has put others in their places
+        warnings.warn(
+            f"The {type(optimizer).__name__} of this Trainer lacks {len(left)} of the {len(learn)} tensors that "
+            f"require a gradient, such as {left[0]}, so they stay as they are. If they were thawed or added after it "
+            "was made, make a new Trainer.",
+            stacklevel=2,
+        )
 
 
 def _leave_unasked(heads: list[TaskHeads], *step: Any) -> None:

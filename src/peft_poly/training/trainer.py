@@ -17,7 +17,7 @@ from typing import Any, Optional, cast
 
 import torch
 
-from ..checkpoints.loading import check_task_names, difference
+from ..checkpoints.loading import check_heads, check_task_names, difference
 from ..config import PolyConfig
 from ..layer import PolyLayer
 from ..model import PolyModel, tuner_of
@@ -27,7 +27,7 @@ from .collator import TASK_COLUMNS, DataCollatorWithTaskIds, tasks_of
 from .columns import keep_task_columns, watched
 from .labelled import counting_places, headed_config, smoothing_by_head, tell_labels
 from .metrics import PerTaskMetrics
-from .optimizer import poly_parameter_groups
+from .optimizer import poly_parameter_groups, warn_of_untrained
 
 __all__ = ["LESSONS"]
 
@@ -130,6 +130,7 @@ def _check_checkpoint(folder: Path, tuner: PolyModel) -> None:
         for place in {folder / name, *([folder] if name == alone else [])}:
             if place.is_dir():  # else it would be asked for on the Hub
                 check_task_names(place, config, name)
+                check_heads(place, tuner.model, name)
 
 
 def _kinds(trainer: Any) -> set[str]:
@@ -267,7 +268,11 @@ def _with_two_rates(method: Callable) -> Callable:
         model = self.model if model is None else model
         given = self.optimizer_cls_and_kwargs
         theirs = self.optimizer is not None or (given is not None and _groups_by_itself(*given))
-        if theirs or not any(isinstance(module, PolyLayer) for module in model.modules()):
+        if not any(isinstance(module, PolyLayer) for module in model.modules()):
+            return method(self, *args, **kwargs)
+        if self.optimizer is not None:
+            warn_of_untrained(model, self.optimizer)
+        if theirs:
             return method(self, *args, **kwargs)
         if given is None:
             _check_optim(str(getattr(self.args.optim, "value", self.args.optim)))

@@ -205,14 +205,16 @@ class TaskVerbs(ByName):
         """MHR-z: freeze the skills, train the router rows (arXiv 2211.03831). `modules_to_save` stay as they are.
 
         With gates: freeze the shared LoRA, train the gates, `r` numbers a task and router. With `task_labels` the
-        heads learn, and the layers before them that all tasks share are frozen with the skills.
+        heads learn, and the layers before them that all tasks share are frozen with the skills. With one skill the
+        heads are all that learns.
 
         Raises:
-            ValueError: the adapter has one skill, so that there is nothing to route.
+            ValueError: the adapter has one skill, so that there is nothing to route, and its tasks have no heads.
         """
         check_not_serving(self.task_context, "`train_router_only`")
         name = self._poly_name(adapter_name)
-        adaptation.train_router_only(self._poly_layers(name).values(), name)
+        has_heads = bool(heads_of(self.model, name))
+        adaptation.train_router_only(self._poly_layers(name).values(), name, has_heads)
         freeze_shared_layers(self.model, self._poly_config(name), name)
         train_heads(self.model, self._poly_config(name), name, shared=False)
 

@@ -254,6 +254,16 @@ class TestRegimes:
         model.train_all()
         assert self.parts(model) == dict.fromkeys(only, True)
 
+    def test_with_one_skill_the_heads_alone_learn(self):
+        model = adapted(MODELS["roberta"].make(), target_modules=ATTENTION, n_skills=1)
+        model.train_router_only()
+        only = {"heads": True, "shared": False, "skills": False, "router": False}
+        assert self.parts(model) == only
+        model.set_adapter("default")
+        assert self.parts(model.train()) == only
+        model.train_all()
+        assert self.parts(model) == {"heads": True, "shared": True, "skills": True, "router": False}
+
     @pytest.mark.parametrize("regime", ["train_router_only", "train_all"])
     def test_heads_of_an_adapter_that_was_loaded_for_inference_learn_when_it_is_told_to(self, tmp_path, regime):
         adapted(MODELS["roberta"].make(), target_modules=ATTENTION).save_pretrained(tmp_path)

@@ -103,6 +103,16 @@ class TestInAModuleOfOnesOwn:
         loaded = peft.PeftModel.from_pretrained(Own(), tmp_path).eval()
         torch.testing.assert_close(loaded(X, task_ids=NAMES), want)
 
+    def test_an_exported_task_has_a_plain_layer_in_their_place(self, tmp_path):
+        model = adapted()
+        model.export_lora("topic", tmp_path)
+        size = len(LABELS["topic"]) if isinstance(LABELS["topic"], list) else LABELS["topic"]
+        assert f"its `heads` must be a `torch.nn.Linear(16, {size})`" in (tmp_path / "README.md").read_text()
+        base = Own()
+        base.heads = nn.Linear(16, size)
+        lora = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+        torch.testing.assert_close(lora(X), model(X, task_ids="topic")[:, :size])
+
     def test_an_injected_model_knows_its_tasks_by_use_task(self):
         model = peft.inject_adapter_in_model(own(), Own()).eval()
         with use_task(model, NAMES):
