@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_poly import PolyConfig, create_poly_optimizer
 from peft_poly.config import KINDS
-from peft_poly.recommended import ROUTER_LR, SETTINGS
+from peft_poly.recommended import SETTINGS
 
 
 def warned(config: PolyConfig, **kwargs) -> list[str]:
@@ -32,7 +32,7 @@ def test_the_scale_follows_the_sizes_and_nothing_is_drawn():
 
 
 def test_every_kind_has_its_recommendation():
-    assert set(ROUTER_LR) == set(SETTINGS) == set(KINDS)
+    assert set(SETTINGS) == set(KINDS)
 
 
 def test_gates_are_as_large_as_the_skills_and_have_the_scale_of_a_lora():

@@ -100,8 +100,8 @@ LINES = {
     "Poly, router at 0.01": replace(_poly, grid=(Rates(1e-3, 0.01, 8),)),
     "gates, router at 0.01": replace(_gates, grid=(Rates(1e-3, 0.01, 1),)),
 }
-RECOMMENDED = "Poly, router at 0.1"  # of Poly's lines the one with the settings that users get
-CURES = tuple(line for line in LINES if line.startswith(("Poly, ", "gates, ")) and line != RECOMMENDED)
+RECOMMENDED = ("Poly, router at 0.1", "gates, router at 0.1")  # with the settings that users get
+CURES = tuple(line for line in LINES if line.startswith(("Poly, ", "gates, ")) and line not in RECOMMENDED)
 MORE = tuple(line for line in LINES if LINES[line].own or line.startswith("MHR"))  # with fewer seeds
 ROUTED = tuple(line for line in LINES if line.startswith(("Poly", "MHR", "gates")))
 RIVALS = (REFERENCE, TOLD, EACH)  # what routing has to beat

@@ -91,7 +91,7 @@ class PolyConfig(PeftConfig):
         router_granularity (`"layer" | "block" | "model"`): One router per adapted layer, per repeated block, or for
             the whole model. Layers outside any repeated block keep their own under `"block"`.
         router_lr (`float`, *optional*): Learning rate of the router rows, for `create_poly_optimizer` and for a
-            `Trainer` that is given no optimizer. None: what is recommended for the kind. Any number is taken as it
+            `Trainer` that is given no optimizer. None: what is recommended. Any number is taken as it
             is; the skills' own rate makes one rate for all.
         unknown_task (`"error" | "mean"`): What a task name gets that the adapter does not have. `"mean"`: in eval
             mode, the mean row of the router's logits. While training, and for ids out of range, it is an error.
@@ -151,7 +151,7 @@ class PolyConfig(PeftConfig):
         default="layer", metadata={"help": "One router per adapted layer, per repeated block, or for the model."}
     )
     router_lr: Optional[float] = field(
-        default=None, metadata={"help": "Learning rate of the router. Default: what is recommended for its kind."}
+        default=None, metadata={"help": "Learning rate of the router. Default: what is recommended."}
     )
     unknown_task: Literal["error", "mean"] = field(
         default="error", metadata={"help": "What an unknown task name gets at eval: an error, or the mean row."}
@@ -215,8 +215,8 @@ class PolyConfig(PeftConfig):
 
     @property
     def effective_router_lr(self) -> float:
-        """`router_lr`, or the rate that is recommended for this kind."""
-        return ROUTER_LR[self.poly_type] if self.router_lr is None else self.router_lr
+        """`router_lr`, or the rate that is recommended."""
+        return ROUTER_LR if self.router_lr is None else self.router_lr
 
     def _check_targets(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):

@@ -13,7 +13,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # by `poly_type`; of one size, without 
     "poly": {"r": 3, "n_skills": 8, "router_noise": False},
     "gates": {"r": 24, "n_skills": 1},
 }
-ROUTER_LR = {"poly": 0.1, "gates": 0.03}  # beside 1e-3 for the skills; up to 3e-3 where a task has hundreds of rows
+ROUTER_LR = 0.1  # of both kinds, beside 1e-3 for the skills; these up to 3e-3 where a task has hundreds of rows
 
 
 def settings_for(poly_type: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -167,8 +167,7 @@ def _setups(tasks: Tasks, encoder: nn.Module, settings: Settings) -> dict[Method
     """Fingerprint of all that the runs of a method have in common; more rates or seeds only add runs."""
     rows = [[[row.task, row.text, row.label] for row in part] for part in _parts(tasks)]
     common = {key: value for key, value in asdict(settings).items() if key not in ("rates", "seeds")}
-    of_kinds = [recommended.SETTINGS, recommended.ROUTER_LR]
-    about = [rows, tasks.labels, common, of_kinds, fingerprint(encoder)]
+    about = [rows, tasks.labels, common, recommended.SETTINGS, recommended.ROUTER_LR, fingerprint(encoder)]
     texts = {m: json.dumps([*about, m.kind, m.told, m.own_heads], sort_keys=True) for m in METHODS}
     return {method: hashlib.sha256(text.encode()).hexdigest()[:16] for method, text in texts.items()}
 
