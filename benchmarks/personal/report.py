@@ -211,7 +211,7 @@ def plot(plan: Plan, path: Path) -> None:
         axes.axvline(0, color="#9ca3af", linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(found)), list(found), fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"{case}: accuracy less that of {REFERENCE}, points, 95 % over tasks")
+        axes.set_xlabel(f"{case}: points over {REFERENCE}, 95 % over tasks")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

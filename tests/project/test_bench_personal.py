@@ -34,6 +34,8 @@ from benchmarks.quality.rates import Rates
 from benchmarks.quality.statistics import bootstrap
 from benchmarks.quality.store import Store
 
+pytestmark = pytest.mark.transformers_5(reason="has other blocks of BERT than the benchmarks run by hand")
+
 INTENTS = ["pay", "card", "home", "trip"]
 RULE = Rule(trades=2, tenants=3, queues=2, differs=0.25, fewest=4, most=6, tested=4)
 TINY = Settings(

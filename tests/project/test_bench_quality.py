@@ -34,6 +34,8 @@ from benchmarks.quality.settings import Settings
 from benchmarks.quality.statistics import against_chance, clusters, compare, kinship, mean_and_error, rand_index
 from benchmarks.quality.store import Result, Store, Unit
 
+pytestmark = pytest.mark.transformers_5(reason="has other blocks of BERT than the benchmarks run by hand")
+
 THINGS = ["red", "blue", "green", "cat", "dog", "bird", "one", "two", "three"]
 WORDS = [*THINGS, "which", "colour", "animal", "number", "it", "is", "the"]
 TASKS = {
