@@ -90,8 +90,8 @@ def _refuse_what_was_left(optimizer: torch.optim.Optimizer, *step: Any) -> None:
     if any(hasattr(parameter, LEFT) for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
             f"This {type(optimizer).__name__} holds parameters of an adapter that `add_tasks`, `remove_tasks` or "
-            "`average_skills` has replaced since, so they would learn nothing. Pass it to these, "
-            "`add_tasks(..., optimizer=optimizer)`, or make it anew afterwards; with a `Trainer`, make a new one."
+            "`average_skills` has replaced since, so they would learn nothing. Make it anew afterwards (with a "
+            "`Trainer`, make a new one), or pass it to the first two, `add_tasks(..., optimizer=optimizer)`."
         )
 
 

@@ -15,7 +15,8 @@ from peft.config import PeftConfig
 from peft.peft_model import PeftModel
 from torch import nn
 
-from ..adapter.labelled.described import check_described, described
+from ..adapter.labelled.classifiers import named_heads
+from ..adapter.labelled.described import check_described, described, heads_of_base
 from ..compute.onloading import onloaded
 from ..labels import TaskLabels
 from ..layer import PolyLayer
@@ -80,7 +81,7 @@ def check_heads(source: Union[str, Path], model: nn.Module, adapter_name: str, *
     Raises:
         ValueError: they are for other tasks or labels, or in another order.
     """
-    here = described(model, adapter_name)
+    here = described(dict(named_heads(model, adapter_name)) or heads_of_base(model))
     if here:
         try:
             file = find_file(source, (HEADS,), **hub_kwargs)

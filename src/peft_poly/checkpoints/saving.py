@@ -18,6 +18,7 @@ from peft.peft_model import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel
 
+from ..adapter.labelled.classifiers import named_heads
 from ..adapter.labelled.described import described
 from ..compute.kinds import KINDS
 from ..compute.onloading import onloaded
@@ -70,7 +71,7 @@ def save_pretrained(original: Callable, model: PeftModel, save_directory: str, *
 
 
 def _describe_heads(model: PeftModel, adapter_name: str, folder: Path) -> None:
-    heads = described(model.get_base_model(), adapter_name)
+    heads = described(dict(named_heads(model.get_base_model(), adapter_name)))
     if heads and folder.is_dir():
         (folder / HEADS).write_text(json.dumps(heads, indent=2, ensure_ascii=False), encoding="utf-8")
 

@@ -93,6 +93,13 @@ def test_a_folder_of_before_is_loaded_as_before(tmp_path):
     peft.PeftModel.from_pretrained(Own({"bolt": ["x", "y"], **LABELS}), tmp_path)
 
 
+def test_heads_that_the_adapter_does_not_train_may_differ(tmp_path):
+    config = PolyConfig(target_modules=["body"], task_names=[*LABELS])
+    peft.get_peft_model(Own(LABELS), config).save_pretrained(tmp_path)
+    assert not (tmp_path / "task_heads.json").exists()
+    peft.PeftModel.from_pretrained(Own({**LABELS, "more": 2}), tmp_path)
+
+
 def test_an_adapter_without_heads_of_ones_own_has_no_such_file(tmp_path):
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 2)), PolyConfig(target_modules=["0"], n_tasks=2))
     model.save_pretrained(tmp_path)

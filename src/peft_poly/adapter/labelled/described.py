@@ -6,35 +6,27 @@ so what it was made of is saved beside its weights, and compared with what the c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ...labels import TaskLabels
-from .classifiers import named_heads
 from .heads import TaskHeads
 
-__all__ = ["check_described", "described"]
+__all__ = ["check_described", "described", "heads_of_base"]
 
 Described = dict[str, list[dict[str, Any]]]
 
 
-def described(model: nn.Module, adapter_name: str) -> Described:
-    """The tasks and labels of the heads in modules of one's own, in their order, by the module's name.
-
-    Args:
-        model: the adapted base model.
-        adapter_name: the adapter. One that is not there yet has the heads of the base model.
-    """
-    heads = dict(named_heads(model, adapter_name)) or _unadapted(model)
-    return {
-        name: [_entry(task, labels) for task, labels in found.labels.items()]
-        for name, found in heads.items()
-        if found.adapter_name is None  # else they are those of its config
-    }
+def described(heads: Mapping[str, TaskHeads]) -> Described:
+    """The tasks and labels of heads in modules of one's own, in their order, by the module's name."""
+    own = {name: found for name, found in heads.items() if found.adapter_name is None}  # else they are of a config
+    return {name: [_entry(task, labels) for task, labels in found.labels.items()] for name, found in own.items()}
 
 
-def _unadapted(model: nn.Module) -> dict[str, TaskHeads]:
+def heads_of_base(model: nn.Module) -> dict[str, TaskHeads]:
+    """The heads that an adapter which is still to come will train copies of, by their names in the base model."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, TaskHeads)}
     inner = ".original_module"  # of a module that another adapter trains a copy of
     return {name.replace(inner, ""): module for name, module in found.items() if ".modules_to_save." not in name}
@@ -59,20 +51,20 @@ def check_described(saved: Described, here: Described, source: str) -> None:
         if name in here and here[name] != entries:
             places = range(max(len(entries), len(here[name])))
             place = next(n for n in places if entries[n : n + 1] != here[name][n : n + 1])
-            given = {
-                entry["task"]: 1
-                if entry["kind"] == "regression"
-                else entry["labels"]
-                if entry["kind"] == "single_label"
-                else {"labels": entry["labels"], "kind": entry["kind"]}
-                for entry in entries
-            }
+            wanted = {entry["task"]: _as_given(entry) for entry in entries}
             raise ValueError(
                 f"The heads of {name} in the checkpoint {source!r} are not those of the model: head {place} is that of "
                 f"{_shown(entries, place)} there, and of {_shown(here[name], place)} here, so tasks would get the "
-                f"weights of other tasks. Make the module with `TaskHeads(..., {given})`, and then use `add_tasks` and "
-                "`remove_tasks`."
+                f"weights of other tasks. Make the module with `TaskHeads(..., {wanted})`, and then use `add_tasks` "
+                "and `remove_tasks`."
             )
+
+
+def _as_given(entry: dict[str, Any]) -> Any:
+    """Labels as `TaskHeads` takes them."""
+    if entry["kind"] == "regression":
+        return 1
+    return entry["labels"] if entry["kind"] == "single_label" else {"labels": entry["labels"], "kind": entry["kind"]}
 
 
 def _shown(entries: list[dict[str, Any]], place: int) -> str:
