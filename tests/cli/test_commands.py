@@ -459,7 +459,7 @@ class TestTargets:
 BAD_INPUT = [
     (["inspekt"], "No such command 'inspekt'. Did you mean 'inspect'? See 'peft-poly --help'."),
     (["report", "{adapter}"], "No such command 'report'. Did you mean 'inspect --html'? See 'peft-poly --help'."),
-    (["--colour"], "No such option"),
+    (["--colour"], "No such option: --colour"),
     (["inspect"], "Missing argument 'FOLDER_OR_HUB_ID'"),
     (["inspect", "nowhere"], "'nowhere' is no folder, and no repository of that id could be had from the Hub"),
     (["inspect", "{adapter}/adapter_config.json"], "json is a file. Name the folder that it is in: {adapter}"),

@@ -5,6 +5,7 @@ An optimizer that nobody passed still holds the old one, and would train nothing
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Optional
 
@@ -16,7 +17,6 @@ __all__ = ["Change", "carry_state", "check_state", "forget", "leave_behind", "tr
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 LEFT = "_peft_poly_left_behind"  # attribute of a parameter that learnt, and has been replaced
-_watched = False
 
 
 def check_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
@@ -78,12 +78,14 @@ def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[Optional[Any]]
 
 def leave_behind(parameter: nn.Parameter) -> None:
     """Say that a parameter has been replaced. If it learnt, an optimizer that still holds it takes no further step."""
-    global _watched
     if parameter.requires_grad:
         setattr(parameter, LEFT, True)
-        if not _watched:
-            register_optimizer_step_pre_hook(_refuse_what_was_left)
-            _watched = True
+        _watch_steps()
+
+
+@functools.cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_refuse_what_was_left)
 
 
 def _refuse_what_was_left(optimizer: torch.optim.Optimizer, *step: Any) -> None:

@@ -8,9 +8,9 @@ Nothing under the first adapted block learns, so what comes out there is the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +60,8 @@ class Blocks:
         def watch(block: nn.Module, args: Any, kwargs: Any) -> None:
             found.append(_hidden(args, kwargs))
 
-        with _hooked(self.first, watch):
+        assert self.first is not None  # only where some blocks are not adapted
+        with self.first.register_forward_pre_hook(watch, with_kwargs=True):
             yield found
 
     @contextmanager
@@ -70,7 +71,8 @@ class Blocks:
         def give(block: nn.Module, args: Any, kwargs: Any) -> None:
             _hidden(args, kwargs).copy_(states)  # in place: routed layers follow a call's rows through its tensors
 
-        with _hooked(self.first, give):
+        assert self.first is not None
+        with self.first.register_forward_pre_hook(give, with_kwargs=True):
             for block in self.lower:
                 block.forward = _handed_on_first if self._give_tuples else _handed_on
             try:
@@ -84,10 +86,8 @@ class Blocks:
         """Whether an encoder comes to the same from kept states: blocks may hand on more than hidden states."""
         if self.first is None:
             return False
-        noting = self.lower[0].register_forward_hook(self._note_output)
-        with self.watched() as found:
+        with self.watched() as found, self.lower[0].register_forward_hook(self._note_output):
             wanted = encoder(**inputs).last_hidden_state
-        noting.remove()
         try:
             with self.given(found[0]):
                 return torch.allclose(encoder(**inputs).last_hidden_state, wanted, rtol=1e-4, atol=1e-5)
@@ -100,16 +100,6 @@ class Blocks:
 
 def _hidden(args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
-
-
-@contextmanager
-def _hooked(block: Optional[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    assert block is not None  # only where some blocks are not adapted
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _handed_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
