@@ -117,6 +117,35 @@ def test_heads_that_are_saved_learn_at_the_rate_of_the_skills(tmp_path):
     }  # fmt: skip
 
 
+def test_a_second_run_says_what_its_optimizer_has_not_got(tmp_path):
+    model = adapted()
+    model.train_router_only()
+    trainer = stock(model, tmp_path)
+    trainer.train()
+    model.train_all()
+    skills = {name for name, p in model.named_parameters() if p.requires_grad and "poly_lora" in name}
+    with pytest.warns(UserWarning, match=rf"lacks {len(skills)} of the \d+ tensors that require a gradient, such as"):
+        trainer.train()
+    before = learned(model)
+    stock(model, tmp_path).train()
+    assert all(not torch.equal(value, before[name]) for name, value in learned(model).items() if name in skills)
+
+
+def test_a_second_run_with_an_optimizer_of_before_the_growth_is_refused(tmp_path):
+    model = adapted()
+    trainer = stock(model, tmp_path)
+    trainer.train()
+    model.add_tasks(["new"])
+    with pytest.warns(UserWarning, match="lacks"), pytest.raises(ValueError, match="has replaced since, so they would"):
+        trainer.train()
+    trainer = stock(model, tmp_path)
+    trainer.train()
+    model.add_tasks(["newer"], optimizer=trainer.optimizer)
+    before = learned(model)
+    trainer.train()
+    assert all(not torch.equal(value, before[name]) for name, value in learned(model).items() if "router" in name)
+
+
 def test_an_optimizer_of_ones_own_stays_as_it_is(tmp_path):
     model = adapted()
     own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)

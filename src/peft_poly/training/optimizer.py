@@ -126,6 +126,10 @@ def warn_of_untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     """Warn of trainable parameters that an optimizer lacks which trains others of the model.
 
     A `Trainer` keeps its optimizer from one `train()` to the next, and what was thawed or added between is not in it.
+
+    Args:
+        model: what is to be trained.
+        optimizer: the one that there is already.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     learn = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
