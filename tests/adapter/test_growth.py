@@ -290,6 +290,41 @@ def test_changing_an_inactive_adapter_leaves_the_set_task_alone():
     assert torch.equal(logits(model), expected)
 
 
+def two_active():
+    model = peft.get_peft_model(llama(), poly(), adapter_name="one")
+    model.add_adapter("two", poly())
+    adapters.spread(model).eval()
+    model.base_model.set_adapter(["one", "two"])
+    return model
+
+
+def test_the_set_id_of_two_active_adapters_does_not_move_in_both_when_one_loses_a_task():
+    model = two_active()
+    expected = logits(model, task_ids=2)
+    model.set_task(2)
+    with pytest.raises(ValueError, match=r"Task 2 is the set task, of the active adapters 'one' and 'two'\. .*None"):
+        model.remove_tasks([0], adapter_name="one")
+    assert torch.equal(logits(model), expected)
+    model.set_task(0)  # stays what it is in both
+    expected = logits(model)
+    model.remove_tasks([2], adapter_name="one")
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_set_name_of_two_active_adapters_does_not_change_in_one():
+    model = two_active()
+    expected = logits(model, task_ids="boolq")
+    model.set_task("boolq")
+    with pytest.raises(ValueError, match="Task 'boolq' is the set task, of the active adapters 'one' and 'two'"):
+        model.rename_task("boolq", "questions", adapter_name="one")
+    assert model.base_model.peft_config["one"].task_names == ["rte", "sst2", "boolq"]
+    model.remove_tasks(["rte"], adapter_name="one")  # a name keeps its meaning
+    assert torch.equal(logits(model), expected)
+    model.rename_task("sst2", "feelings", adapter_name="one")
+    model.set_task(None)
+    model.rename_task("boolq", "questions", adapter_name="one")
+
+
 # --------------------------------------------------------------------------------------------------- remove and rename
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("gone", ["sst2", 1, ["sst2"], [1, "sst2"]], ids=str)

@@ -85,7 +85,8 @@ def remove_tasks(
     if optimizer is not None:
         check_state(optimizer, _logits(adapter_name, layers))
     contexts = {id(layer.task_context): layer.task_context for layer in active}.values()
-    defaults = [_default_after(context, config, adapter_name, kept) for context in contexts]
+    names = active[0].active_adapters if active else []
+    defaults = [_default_after(context, config, adapter_name, kept, names) for context in contexts]
     for context, default in zip(contexts, defaults, strict=True):
         context.default = default
     for context in {id(layer.task_context): layer.task_context for layer in layers}.values():
@@ -106,7 +107,8 @@ def remove_tasks(
 def rename_task(
     config: PolyConfig,
     adapter_name: str,
-    context: TaskContext | None,
+    context: TaskContext,
+    active: Sequence[str],
     old: Task,
     new: str,
     heads: Sequence[TaskHeads] = (),
@@ -118,12 +120,15 @@ def rename_task(
     names = list(config.task_names)
     previous, names[task] = names[task], new
     check_task_names(names)
+    is_set = adapter_name in active and context.default == previous
+    if is_set:
+        _check_set_for_one(context, active, adapter_name)
     config.task_names = names
     for module in heads:
         module.rename(previous, new)
     if config.task_labels is not None:
         config.task_labels = {new if name == previous else name: k for name, k in config.task_labels.items()}
-    if context is not None and context.default == previous:
+    if is_set:
         context.default = new
 
 
@@ -214,14 +219,30 @@ def _check_not_merged(layers: list[PolyLayer], adapter_name: str) -> None:
         raise ValueError(f"Adapter {adapter_name!r} is merged. Call `unmerge_adapter()` before its tasks change.")
 
 
-def _default_after(context: TaskContext, config: PolyConfig, adapter_name: str, kept: list[int]) -> Task | None:
+def _default_after(
+    context: TaskContext, config: PolyConfig, adapter_name: str, kept: list[int], active: Sequence[str]
+) -> Task | None:
     """What `set_task` chose, once only the tasks `kept` are there: ids move up, and a task in use cannot go."""
     if context.default is None:
         return None
     task = resolve_task(context.default, config, adapter_name)
     if task not in kept:
         raise ValueError(f"Task {context.default!r} is the set task. Call `set_task` with another one, or None, first.")
-    return kept.index(task) if isinstance(context.default, int) else context.default
+    if isinstance(context.default, str) or kept.index(task) == task:
+        return context.default
+    _check_set_for_one(context, active, adapter_name)
+    return kept.index(task)
+
+
+def _check_set_for_one(context: TaskContext, active: Sequence[str], adapter_name: str) -> None:
+    """What `set_task` chose is one name or id for all active adapters, so it cannot change in one of several."""
+    sharing = sorted({adapter_name} | ({*active} & {*context.poly_adapters()}))
+    if len(sharing) > 1:
+        raise ValueError(
+            f"Task {context.default!r} is the set task, of the active adapters {' and '.join(map(repr, sharing))}. After "
+            "this one name or id would not mean the same task in all of them. Call `set_task(None)` first, and choose "
+            "anew after it."
+        )
 
 
 def _routers(adapter_name: str, layers: list[PolyLayer]) -> list[Router]:

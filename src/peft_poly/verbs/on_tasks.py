@@ -176,8 +176,9 @@ class TaskVerbs(ByName):
             optimizer: what trains the router: it goes on with all that it has gathered about the tasks that stay.
 
         Raises:
-            ValueError: there is no such task; none would be left; it is the set task; the adapter is merged; the
-                optimizer is refused as by `add_tasks`. Nothing has changed then.
+            ValueError: there is no such task; none would be left; it is the set task, or moves the set id, which
+                other active adapters have, too; the adapter is merged; the optimizer is refused as by `add_tasks`.
+                Nothing has changed then.
         """
         check_not_serving(self.task_context, "`remove_tasks`")
         name = self._poly_name(adapter_name)
@@ -194,11 +195,12 @@ class TaskVerbs(ByName):
             adapter_name: the adapter.
 
         Raises:
-            ValueError: there is no such task; the new name is taken or empty; the tasks have no names.
+            ValueError: there is no such task; the new name is taken or empty; the tasks have no names; it is the set
+                task of other active adapters, too. Nothing has changed then.
         """
         name = self._poly_name(adapter_name)
-        context = self.task_context if name in self.active_adapters else None  # whose set task may be the renamed one
-        growth.rename_task(self._poly_config(name), name, context, old, new, heads_of(self.model, name))
+        config, heads = self._poly_config(name), heads_of(self.model, name)
+        growth.rename_task(config, name, self.task_context, self.active_adapters, old, new, heads)
 
     # --------------------------------------------------------------------------------------------- few-shot regimes
     def train_router_only(self, adapter_name: Optional[str] = None) -> None:
