@@ -250,6 +250,19 @@ class TestInspect:
             assert "[red]a[/red]" in out
             assert "[/]" in out
 
+    def test_of_one_skill_it_says_that_nothing_is_routed(self, done, tmp_path):
+        save(tmp_path, "bert", n_skills=1, n_splits=1)
+        for options in ([], ["--task", "rte"]):
+            out = done("inspect", tmp_path / "adapter", *options)
+            assert "There is one skill, so nothing is routed: every task computes the same LoRA." in out
+            assert "nearest" not in out
+            assert "discreteness" not in out
+        assert json.loads(done("inspect", tmp_path / "adapter", "--json"))["n_skills"] == 1
+
+    def test_gates_of_one_rank_are_tables(self, done, tmp_path):
+        save(tmp_path, "bert", poly_type="gates", r=1, n_skills=1, n_splits=1)
+        assert "nothing is routed" not in done("inspect", tmp_path / "adapter")
+
     def test_long_tables_end_with_what_was_left_out(self, done, tmp_path):
         save(tmp_path, task_names=[f"task{i}" for i in range(45)])
         out = done("inspect", tmp_path / "adapter")

@@ -68,6 +68,15 @@ def test_test_rows_that_were_trained_on_are_counted(tmp_path):
     assert any(note.startswith("3 of 4 test rows are among the training rows") for note in load_tasks(tmp_path).notes)
 
 
+def test_test_rows_with_labels_that_nobody_learns_are_named(tmp_path):
+    write_tasks(tmp_path)
+    strange = [{"task": "far", "input": f"new {n}", "output": "blu", "split": "test"} for n in range(2)]
+    write_rows(tmp_path, strange, "strange.jsonl")
+    found = [note for note in load_tasks(tmp_path).notes if "no method can learn them" in note]
+    assert len(found) == 1
+    assert found[0].startswith("Task 'far' has 2 test row(s) with labels that none of the rows it is trained on has ('")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

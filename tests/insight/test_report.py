@@ -226,3 +226,10 @@ class TestInABrowser:
 
 def as_script(text: str) -> str:
     return json.dumps(text).replace("</", "<\\/")
+
+
+def test_the_report_of_one_skill_says_first_that_nothing_is_routed():
+    said = "There is one skill, so nothing is routed"
+    assert said in render_report(random_routing(n_skills=1))
+    assert said not in render_report(random_routing(n_skills=2))
+    assert said not in render_report(random_gates(r=1))

@@ -18,6 +18,7 @@ from ..insight.analysis import (
     layer_metrics,
     mean_metrics,
     nearest_tasks,
+    nothing_routed,
     sizes,
     task_similarity,
     task_skill_matrix,
@@ -56,8 +57,12 @@ def as_json(routing: Routing, source: str, task: Optional[int] = None) -> dict[s
 
 
 def show_routing(routing: Routing, source: str, console: Console) -> None:
-    """Print the adapter in one line, its layers' metrics, and its tasks."""
+    """Print the adapter in one line, its layers' metrics, and its tasks; of one skill the tasks' names alone."""
     console.print(_headline(routing, source))
+    if reason := nothing_routed(routing):
+        more = f", and {len(routing.task_names) - MOST_ROWS} more" if len(routing.task_names) > MOST_ROWS else ""
+        console.print(f"{reason}\nTasks: {escape(', '.join(routing.task_names[:MOST_ROWS]))}{more}")
+        return
     console.print(_layer_table(routing))
     for field in fields(mean_metrics(routing)):
         console.print(f"  [dim]{field.name.partition('_')[0]}: {field.metadata['meaning']}[/dim]")
@@ -68,6 +73,9 @@ def show_routing(routing: Routing, source: str, console: Console) -> None:
 def show_task(routing: Routing, source: str, task: int, console: Console) -> None:
     """Print one task's mixing weights (gates) layer by layer (mean over splits), and the tasks most like it."""
     console.print(_headline(routing, source))
+    if reason := nothing_routed(routing):
+        console.print(reason)
+        return
     console.print(_one_task_table(routing, task))
     near = ", ".join(f"{escape(name)} ({cosine:.3f})" for name, cosine in nearest_tasks(routing, task, n=5))
     console.print(f"nearest tasks (cosine of the {routing.kind.weights}): {near or 'none, it is the only one'}")

@@ -90,6 +90,7 @@ def load_tasks(folder: Path) -> Tasks:
         parts["train"], parts["validation"] = _hold_out(parts["train"] + parts["validation"], labels)
     if seen := len({*parts["train"]} & {*parts["test"]}):
         notes.append(f"{seen} of {len(parts['test'])} test rows are among the training rows, with the same label.")
+    notes += _never_learnt(parts["train"], parts["test"], labels)
     return Tasks(labels, parts["train"], parts["validation"], parts["test"], tuple(notes))
 
 
@@ -173,6 +174,19 @@ def _hold_out(rows: list[Row], labels: dict[str, tuple[str, ...]]) -> tuple[list
         validation += of_task[:number]
         train += of_task[number:]
     return train, validation
+
+
+def _never_learnt(train: list[Row], test: list[Row], labels: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    """A note for each task with test rows that nobody can answer."""
+    seen = {(row.task, row.label) for row in train}
+    for task in labels:
+        strange = [row.label for row in test if row.task == task and (task, row.label) not in seen]
+        if strange:
+            named = ", ".join(repr(label) for label in sorted({*strange})[:5])
+            yield (
+                f"Task {task!r} has {len(strange)} test row(s) with labels that none of the rows it is trained on has "
+                f"({named}): no method can learn them."
+            )
 
 
 def batches(rows: list[Row], size: int, seed: int) -> Iterator[list[Row]]:

@@ -27,6 +27,7 @@ __all__ = [
     "layer_metrics",
     "mean_metrics",
     "nearest_tasks",
+    "nothing_routed",
     "read_routing",
     "task_linkage",
     "task_order",
@@ -207,6 +208,16 @@ def sizes(routing: Routing) -> dict[str, Any]:
     if routing.kind.centre is not None:
         return {"tasks": t, "rank": k}
     return {"tasks": t, "skills": k, "splits": h, "rank": getattr(routing.config, "r", None)}
+
+
+def nothing_routed(routing: Routing) -> Optional[str]:
+    """What a reader of tables should know first, where all tasks mix the one skill alike; None elsewhere."""
+    if routing.kind.centre is not None or routing.shape[2] > 1:
+        return None
+    return (
+        "There is one skill, so nothing is routed: every task computes the same LoRA. Where tasks have heads or labels "
+        "of their own, these are what tells them apart."
+    )
 
 
 def nearest_tasks(routing: Routing, task: Union[int, str], n: int = 3) -> list[tuple[str, float]]:

@@ -17,6 +17,7 @@ from .analysis import (
     farthest,
     layer_metrics,
     mean_metrics,
+    nothing_routed,
     sizes,
     span,
     task_linkage,
@@ -93,6 +94,7 @@ TEMPLATE = """\
 <body>
 <h1>{{ title }}</h1>
 <dl>{% for name, value in summary %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+{% if reason %}<p>{{ reason }}</p>{% endif %}
 
 <h2>Tasks by {{ kind.unit }}s</h2>
 <p>{{ kind.weights | capitalize }} in eval mode, mean of the layers{% if splits > 1 %} and splits{% endif %}\
@@ -171,6 +173,7 @@ def render_report(routing: Routing, *, title: str = "Routing", task: Union[int, 
         title=title,
         style=STYLE,
         summary=_summary(routing),
+        reason=nothing_routed(routing),
         kind=routing.kind,
         measured=fields(mean_metrics(routing)),
         splits=n_splits,
