@@ -87,9 +87,12 @@ class Learner:
 
     def optimizer(self, rates: Rates) -> torch.optim.Optimizer:
         optimizer = self.adapter.optimizer(rates)
-        head = [p for p in self.head.parameters() if p.requires_grad]
-        if head:
-            optimizer.add_param_group({"name": "head", "params": head, "lr": rates.lr})
+        routed = self.adapter.method.kind != "lora"
+        head = {name: p for name, p in self.head.named_parameters() if p.requires_grad}
+        own = [head.pop("bias")] if rates.router_lr and not routed and "bias" in head else []
+        for name, params, lr in (("head", list(head.values()), rates.lr), ("own", own, rates.router_lr)):
+            if params:
+                optimizer.add_param_group({"name": name, "params": params, "lr": lr})
         return optimizer
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:

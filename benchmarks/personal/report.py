@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ..quality.rates import Rates
-from ..quality.statistics import Interval, bootstrap, mean_and_error
+from ..quality.statistics import Interval, crossed_bootstrap, mean_and_error
 from .lines import LINES, REFERENCE, RIVALS, ROUTED, WAYS
 from .plan import Plan, Result, Unit
 
@@ -61,10 +61,12 @@ def by_task(scores: Scores, what: str, seeds: set[int]) -> dict[str, float]:
 
 
 def against(one: Scores, other: Scores, what: str = "accuracy") -> Interval:
-    """Paired difference over the seeds that both have, with an interval over the tasks."""
-    seeds = one.keys() & other.keys()
-    a, b = by_task(one, what, set(seeds)), by_task(other, what, set(seeds))
-    return bootstrap([a[task] - b[task] for task in sorted(a.keys() & b.keys())])
+    """Paired difference over the seeds and tasks that both have, with an interval over draws of both."""
+    seeds = sorted(one.keys() & other.keys())
+    tasks = sorted(set(by_task(one, what, set(seeds))) & set(by_task(other, what, set(seeds))))
+    return crossed_bootstrap(
+        [[getattr(one[s][task], what) - getattr(other[s][task], what) for task in tasks] for s in seeds]
+    )
 
 
 def case_table(plan: Plan, case: str) -> Table:

@@ -10,7 +10,7 @@ __all__ = ["Rates"]
 class Rates(NamedTuple):
     """Learning rate of skills or of a LoRA, that of routers, and the scale `lora_alpha / r`; 0 for what there is not.
 
-    A router rate of 0 for a routed method means one rate for all.
+    A router rate of 0 for a routed method means one rate for all. A LoRA with a bias per task has it for those.
     """
 
     lr: float = 0.0

@@ -20,6 +20,7 @@ __all__ = [
     "bootstrap",
     "clusters",
     "compare",
+    "crossed_bootstrap",
     "kinship",
     "mean_and_error",
     "rand_index",
@@ -76,7 +77,7 @@ class Interval:
 
     Attributes:
         mean: the mean.
-        error: its standard error, over draws of as many things with replacement.
+        error: its standard error, over draws of as many things (and seeds) with replacement.
         low, high: 2.5th and 97.5th percentile of those draws.
     """
 
@@ -92,6 +93,23 @@ def bootstrap(values: Sequence[float], times: int = 10_000, seed: int = 0) -> In
     means = found[random.integers(0, len(found), (times, len(found)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(found.mean()), float(means.std()), float(low), float(high))
+
+
+def crossed_bootstrap(values: Sequence[Sequence[float]], times: int = 10_000, seed: int = 0) -> Interval:
+    """The mean of `values (seeds, things)`, with the interval of a percentile bootstrap over things and over seeds.
+
+    Both are drawn, each for itself, so that neither another draw of things nor other seeds are left out. Of few seeds
+    such draws vary too little: their means are moved apart by `sqrt(s / (s - 1))`, which makes up for it.
+    """
+    found, random = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    seeds, things = found.shape
+    mean = found.mean()
+    if seeds > 1:
+        found = found + (found.mean(axis=1, keepdims=True) - mean) * (math.sqrt(seeds / (seeds - 1)) - 1)
+    of_seeds, of_things = (random.multinomial(n, np.full(n, 1 / n), times) / n for n in (seeds, things))
+    means = (of_seeds @ found * of_things).sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(mean), float(means.std()), float(low), float(high))
 
 
 def rand_index(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:

@@ -31,7 +31,7 @@ from benchmarks.personal.runs import Run, Source
 from benchmarks.personal.settings import Case, Settings
 from benchmarks.personal.tenants import Message, Rule, make_tenants, read_messages
 from benchmarks.quality.rates import Rates
-from benchmarks.quality.statistics import bootstrap
+from benchmarks.quality.statistics import bootstrap, crossed_bootstrap
 from benchmarks.quality.store import Store
 
 pytestmark = pytest.mark.transformers_5(reason="has other blocks of BERT than the benchmarks run by hand")
@@ -253,6 +253,19 @@ def test_rows_that_decay_are_nearer_to_their_mean(run):
     assert spread[1] < spread[0]
 
 
+def test_a_bias_per_task_has_a_rate_of_its_own_and_nothing_else_of_a_lora_has(run):
+    problem = run.problem("all")
+    for line, rates, found in (
+        ("a bias per task on a shared LoRA", Rates(1e-3, 0.1, 1), {"head": (2, 1e-3), "own": (1, 0.1)}),
+        ("a bias per task on a shared LoRA", Rates(1e-3, 0, 1), {"head": (3, 1e-3)}),
+        ("a head per task on a shared LoRA", Rates(1e-3, 0, 1), {"head": (4, 1e-3)}),
+        ("gates with a head per task", Rates(1e-3, 0.1, 1), {"head": (4, 1e-3)}),
+    ):
+        learner = Learner(LINES[line], rates, run.features("all"), problem.tasks, problem.classes, 0)
+        groups = {g["name"]: (len(g["params"]), g["lr"]) for g in learner.optimizer(rates).param_groups if "name" in g}
+        assert {name: of for name, of in groups.items() if name in ("head", "own")} == found
+
+
 @pytest.mark.parametrize("line", ["Poly", "gates", EACH])
 def test_routing_learns_what_no_shared_lora_can(run, line):
     """Two tenants name the same texts the other way round."""
@@ -363,14 +376,37 @@ class TestReport:
         assert table["Poly"]["8 to 15 rows (2 tasks)"] == f"{fmean(found):.1f}"
         assert report.size_table(plan, "few", dict.fromkeys(tasks, 8)) == []
 
-    def test_an_interval_is_of_the_tasks(self):
-        one = {seed: {f"t{n}": Result(f"t{n}", 60.0 + n + seed, 0, 0, 1, 0) for n in range(30)} for seed in (0, 1)}
-        other = {seed: {f"t{n}": Result(f"t{n}", 60.0 + seed, 0, 0, 1, 0) for n in range(30)} for seed in (0, 1)}
-        found = report.against(one, other)
-        assert found.mean == pytest.approx(14.5)
-        assert found.error == pytest.approx(np.std(range(30)) / math.sqrt(30), rel=0.05)
-        assert found.low == pytest.approx(14.5 - 1.96 * found.error, abs=0.3)
-        assert bootstrap([3.0] * 5) == dataclasses.replace(found, mean=3.0, error=0.0, low=3.0, high=3.0)
+    def test_an_interval_is_of_the_tasks_and_of_the_seeds(self):
+        """Against the formula for independent effects of both, and a loop that draws one by one."""
+        random = np.random.default_rng(1)
+        of_tasks, of_seeds = random.normal(3, 4, 30), random.normal(0, 2, 5)
+
+        def scores(seeds, tasks):
+            return {s: {f"t{n}": Result(f"t{n}", 60 + seeds[s] + tasks[n], 0, 0, 1, 0) for n in range(30)}
+                    for s in range(5)}  # fmt: skip
+
+        found = report.against(scores(of_seeds, of_tasks), scores([0] * 5, [0] * 30))
+        assert found.mean == pytest.approx(of_tasks.mean() + of_seeds.mean())
+        wanted = math.hypot(np.std(of_tasks) / math.sqrt(30), np.std(of_seeds, ddof=1) / math.sqrt(5))
+        assert found.error == pytest.approx(wanted, rel=0.05)
+        assert found.low == pytest.approx(found.mean - 1.96 * found.error, abs=0.3)
+        seeds = of_seeds.mean() + (of_seeds - of_seeds.mean()) * math.sqrt(5 / 4)
+        drawn = [random.choice(of_tasks, 30).mean() + random.choice(seeds, 5).mean() for _ in range(5000)]
+        assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.2)
+
+    def test_the_interval_of_one_seed_is_that_of_the_tasks(self):
+        one = {0: {f"t{n}": Result(f"t{n}", float(n), 0, 0, 1, 0) for n in range(30)}}
+        other = {0: {f"t{n}": Result(f"t{n}", 0.0, 0, 0, 1, 0) for n in range(30)}}
+        assert report.against(one, other).error == pytest.approx(bootstrap(list(map(float, range(30)))).error, rel=0.03)
+        same = crossed_bootstrap([[3.0] * 5] * 2)
+        assert (same.mean, same.error, same.low, same.high) == pytest.approx((3, 0, 3, 3))
+
+    def test_a_seed_that_is_otherwise_widens_the_interval(self):
+        ahead = {s: {f"t{n}": Result(f"t{n}", 2.0 if s else -6.0, 0, 0, 1, 0) for n in range(30)} for s in range(5)}
+        level = {s: {f"t{n}": Result(f"t{n}", 0.0, 0, 0, 1, 0) for n in range(30)} for s in range(5)}
+        found = report.against(ahead, level)
+        assert found.error == pytest.approx(np.std([-6, 2, 2, 2, 2], ddof=1) / math.sqrt(5), rel=0.05)
+        assert found.low < 0 < found.high
 
     def test_the_other_tables_the_verdict_and_the_picture_are_made(self, plan, tmp_path):
         assert [row["way"] for row in report.new_table(plan, "few")] == list(WAYS)
