@@ -40,6 +40,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/bench-assistants"), help="trained adapters")
     parser.add_argument("--only", help="run units of one stage only: tune, all, quantised or few")
+    parser.add_argument(
+        "--served",
+        type=Path,
+        help="a trained adapter, as of make demo-llm: on the plain and the NF4 base; nothing else",
+    )
     parser.add_argument("--minutes", type=float, help="start no unit after so many minutes")
     parser.add_argument("--report-only", action="store_true", help="run nothing; tables of what is done")
     return parser.parse_args(argv)
@@ -53,6 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = QUICK if args.quick else Settings()
     plan = Plan(settings, Store(args.results / "assistants.csv", settings.name))
     run = None
+    if args.served:
+        found = Run(plan, args.model or unpacked(), args.outputs).served(args.served)
+        console.print(_printed("One adapter, other bases", report.served_table(found)))
+        return
     for unit in () if args.report_only else plan.left():
         if args.only in (None, unit.stage):
             if args.minutes and time.monotonic() - start > 60 * args.minutes:

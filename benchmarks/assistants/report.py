@@ -13,7 +13,7 @@ from typing import Any
 from ..quality.statistics import bootstrap, mean_and_error
 from .plan import FEW, METHODS, QUANTISED, Plan, Result, Unit
 
-__all__ = ["all_table", "few_table", "quantised_table", "task_table", "tuning_table"]
+__all__ = ["all_table", "few_table", "quantised_table", "served_table", "task_table", "tuning_table"]
 
 Table = list[dict[str, Any]]
 TRAINED_ON = "shared LoRA, trained on"  # what ways to learn from a few rows are compared with
@@ -82,6 +82,21 @@ def quantised_table(plan: Plan) -> Table:
         }
         for name, one in found.items()
         if one
+    ]
+
+
+def served_table(found: dict[str, tuple[list[Result], list[str]]]) -> Table:
+    """One adapter on several bases, the first of which the others are compared with."""
+    plain, words = next(iter(found.values()))
+    return [
+        {
+            "base": name,
+            **{what: shown([_mean(one, what)]) for what in ("form", "exact")},
+            "95 % of draws of letters": interval(letters({0: one})),
+            "exact, less plain": interval(_paired({0: one}, {0: plain})) if one is not plain else "",
+            "answers equal": f"{sum(a == b for a, b in zip(said, words, strict=True))} of {len(words)}",
+        }
+        for name, (one, said) in found.items()
     ]
 
 

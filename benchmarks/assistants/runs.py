@@ -39,6 +39,21 @@ class Run:
             for task, one in scores(rows, said).items()
         ]
 
+    def served(self, adapter: Path) -> dict[str, tuple[list[Result], list[str]]]:
+        """What an adapter answers to the test letters on the plain and on the NF4 base: scores, and the words."""
+        found = {}
+        for name, nf4 in (("plain", False), ("NF4", True)):
+            base, tokenizer = self._base(nf4)
+            model = PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
+            rows = self._rows("MHR", "test", self.plan.settings.test_rows)
+            said = answers(model, tokenizer, rows)
+            right = _right(rows, said)
+            results = [
+                Result(task, one["form"], one["exact"], rows=right[task]) for task, one in scores(rows, said).items()
+            ]
+            found[name] = results, said
+        return found
+
     def _tune(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
         model, tokenizer = self._trained(unit.method, unit.seed, unit.rates)
         return model, tokenizer, self._rows(unit.method, "validation", self.plan.settings.validation_rows)

@@ -159,6 +159,12 @@ def test_adapters_trained_on_a_quantised_base_are_served_on_either(chat_model, p
     base, _ = run._base(nf4=True)
     assert isinstance(PeftModel.from_pretrained(base, run._adapter("MHR", 0, nf4=True)), PeftModel)
     assert type(base.model.layers[0].mlp.up_proj.get_base_layer()).__name__ == "Linear4bit"
+    found = run.served(run._adapter("MHR", 0))
+    plain, nf4 = report.served_table(found)
+    assert plain["answers equal"] == "6 of 6"
+    equal = sum(a == b for a, b in zip(found["plain"][1], found["NF4"][1], strict=True))
+    assert nf4["answers equal"] == f"{equal} of 6"
+    assert [result.task for result in found["NF4"][0]] == ["order", "summary", "title", "tags", "desk", "chat"]
 
 
 def test_the_loss_on_the_answers_alone_trains_what_trls_own_does(chat_model, tmp_path, monkeypatch):
