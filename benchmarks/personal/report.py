@@ -14,7 +14,7 @@ from ..quality.statistics import Interval, crossed_bootstrap, mean_and_error
 from .lines import LINES, REFERENCE, RIVALS, ROUTED, WAYS
 from .plan import Plan, Result, Unit
 
-__all__ = ["against", "case_table", "new_table", "plot", "size_table", "tuning_table", "verdict"]
+__all__ = ["against", "case_table", "new_table", "plot", "size_table", "tuning_table", "variant_table", "verdict"]
 
 SETTINGS = ("numbers that learn", "rate", "router", "steps", "seeds")  # columns that are no results
 Table = list[dict[str, Any]]
@@ -79,6 +79,17 @@ def case_table(plan: Plan, case: str) -> Table:
         for rival in RIVALS:
             row[f"less {rival}"] = _shown(against(scores, found[rival][1])) if rival in found and rival != line else ""
         rows.append(row)
+    return rows
+
+
+def variant_table(plan: Plan, case: str) -> Table:
+    """Routed lines that differ in one thing from Poly or from gates, less these, at the seeds that both have."""
+    found, rows = many(plan, case), []
+    for line, (_, scores) in found.items():
+        of = "gates" if line.startswith("gates") else "Poly"
+        if line in ROUTED and line != of and of in found:
+            less = against(scores, found[of][1])
+            rows.append({"method": line, "of": of, "seeds": str(len(scores)), "less it": _shown(less)})
     return rows
 
 

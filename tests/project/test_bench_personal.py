@@ -408,6 +408,18 @@ class TestReport:
         assert found.error == pytest.approx(np.std([-6, 2, 2, 2, 2], ddof=1) / math.sqrt(5), rel=0.05)
         assert found.low < 0 < found.high
 
+    def test_variants_are_compared_with_what_they_vary_at_the_same_seeds(self, plan):
+        table = {row["method"]: row for row in report.variant_table(plan, "few")}
+        assert set(table) == {line for line in report.many(plan, "few") if line.startswith(("Poly, ", "MHR", "gates "))
+                              or line.startswith("gates, ")}  # fmt: skip
+        for line, of in (("MHR, 4 splits", "Poly"), ("gates, one router", "gates")):
+            scores = {name: report.many(plan, "few")[name][1] for name in (line, of)}
+            both = scores[line].keys() & scores[of].keys()
+            means = [fmean(result.accuracy for seed in both for result in scores[name][seed].values())
+                     for name in (line, of)]  # fmt: skip
+            assert table[line]["of"] == of
+            assert table[line]["less it"].startswith(f"{means[0] - means[1]:+.1f} [")
+
     def test_the_other_tables_the_verdict_and_the_picture_are_made(self, plan, tmp_path):
         assert [row["way"] for row in report.new_table(plan, "few")] == list(WAYS)
         tuned = {row["line"]: row["settings and held-out accuracy"] for row in report.tuning_table(plan, "few")}
