@@ -6,7 +6,7 @@ task, with the untrained encoder and with the most frequent answer, and the save
 
     python examples/train_multitask.py
     python examples/train_multitask.py --data my_tasks --held_out task_7 task_8 --max_rows 200 --seeds 0 1 2
-    python examples/train_multitask.py --data my_tasks --compare    # six ways to serve them, and which does best
+    python examples/train_multitask.py --data my_tasks --compare    # seven ways to serve them, and which does best
 
 On several processes, sharded or not, the same script trains on the same global batches; see examples/accelerate.
 

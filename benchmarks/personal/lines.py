@@ -103,6 +103,8 @@ LINES = {
     "gates, router at 0.1": replace(_gates, grid=(Rates(1e-3, 0.1, 1),)),
     "Poly, router at 0.01": replace(_poly, grid=(Rates(1e-3, 0.01, 8),)),
     "gates, router at 0.01": replace(_gates, grid=(Rates(1e-3, 0.01, 1),)),
+    "Poly, bias per task": _variant(_poly, "Poly", own="bias"),
+    "gates, bias per task": _variant(_gates, "gates", own="bias"),
     "Poly, router at 0.3": replace(_poly, grid=(Rates(1e-3, 0.3, 8),)),
     "gates, router at 0.3": replace(_gates, grid=(Rates(1e-3, 0.3, 1),)),
 }

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from labelled_folder import WORDS, write_encoder, write_tasks, write_tokenizer
+from labelled_folder import WORDS, write_encoder, write_rows, write_tasks, write_tokenizer
 from tiny import VOCAB, bert_config, t5
 from torch import nn
 
@@ -86,7 +86,32 @@ def test_what_tells_tasks_apart_learns_labels_that_contradict_each_other(made, t
     tasks = load_tasks(write_tasks(tmp_path, ("near", "far")))  # the same texts, their labels exchanged
     found = train(method, encoder, texts, tasks, lr=0.01, steps=60, batch_size=16, seed=0)
     share = sum(found.right) / len(found.right)
-    assert share == 0.5 if method.name == "one shared LoRA" else share > 0.8
+    if method.own_biases:  # one order of the texts for both tasks, so that one of them is mostly wrong
+        assert share < 0.75
+    else:
+        assert share == 0.5 if method.name == "one shared LoRA" else share > 0.8
+
+
+def test_a_bias_per_task_learns_where_a_tasks_good_begins_and_no_more(made, tmp_path):
+    """Two tasks whose labels have nothing to do with the texts: one says mostly red, the other mostly blue."""
+    encoder, _, texts = made
+    words = ["big", "small", "new", "old"]
+    for task, common in (("near", "red"), ("far", "blue")):
+        other = "blue" if common == "red" else "red"
+        rows = [
+            {"task": task, "input": f"is {word}", "output": common if n % 4 else other, "split": split}
+            for split in ("train", "validation", "test") for word in words for n in range(4)
+        ]  # fmt: skip
+        write_rows(tmp_path, rows, f"{task}.jsonl")
+    tasks = load_tasks(tmp_path)
+    found = {
+        name: train(BY_NAME[name], encoder, texts, tasks, lr=0.01, steps=60, batch_size=16, seed=0)
+        for name in ("one shared LoRA", "shared LoRA, bias per task")
+    }
+    right = {name: sum(of.right) / len(of.right) for name, of in found.items()}
+    assert right == {"one shared LoRA": 0.5, "shared LoRA, bias per task": 0.75}
+    sizes = {name: of.parameters for name, of in found.items()}
+    assert sizes["shared LoRA, bias per task"] == sizes["one shared LoRA"] + 4  # two tasks of two labels
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -110,6 +135,8 @@ def test_answers_are_those_of_each_row_alone(made, tasks, method):
                                    for t in tasks.names for label in tasks.labels[t]))  # fmt: skip
         places = [order.index((row.task if method.own_heads else "", label)) for label in tasks.labels[row.task]]
         logits = (model.weight @ vector + model.bias)[places]
+        if method.own_biases:
+            logits = logits + model.biases[tasks.names.index(row.task), : len(places)]
         assert hit == (tasks.labels[row.task][int(logits.argmax())] == row.label)
         losses.append(-logits.log_softmax(0)[tasks.labels[row.task].index(row.label)].item())
     assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)

@@ -260,6 +260,7 @@ def test_a_bias_per_task_has_a_rate_of_its_own_and_nothing_else_of_a_lora_has(ru
         ("a bias per task on a shared LoRA", Rates(1e-3, 0, 1), {"head": (3, 1e-3)}),
         ("a head per task on a shared LoRA", Rates(1e-3, 0, 1), {"head": (4, 1e-3)}),
         ("gates with a head per task", Rates(1e-3, 0.1, 1), {"head": (4, 1e-3)}),
+        ("gates, bias per task", Rates(1e-3, 0.1, 1), {"head": (2, 1e-3), "own": (1, 0.01)}),
     ):
         learner = Learner(LINES[line], rates, run.features("all"), problem.tasks, problem.classes, 0)
         groups = {g["name"]: (len(g["params"]), g["lr"]) for g in learner.optimizer(rates).param_groups if "name" in g}

@@ -168,7 +168,8 @@ def _setups(tasks: Tasks, encoder: nn.Module, settings: Settings) -> dict[Method
     rows = [[[row.task, row.text, row.label] for row in part] for part in _parts(tasks)]
     common = {key: value for key, value in asdict(settings).items() if key not in ("rates", "seeds")}
     about = [rows, tasks.labels, common, recommended.SETTINGS, recommended.ROUTER_LR, fingerprint(encoder)]
-    texts = {m: json.dumps([*about, m.kind, m.told, m.own_heads], sort_keys=True) for m in METHODS}
+    kinds = {m: [m.kind, m.told, m.own_heads, *([m.own_biases] if m.own_biases else [])] for m in METHODS}
+    texts = {m: json.dumps([*about, *kind], sort_keys=True) for m, kind in kinds.items()}
     return {method: hashlib.sha256(text.encode()).hexdigest()[:16] for method, text in texts.items()}
 
 

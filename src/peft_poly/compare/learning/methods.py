@@ -19,6 +19,7 @@ from ...training.optimizer import create_poly_optimizer
 
 __all__ = ["METHODS", "Method", "adapt", "n_trainable", "optimizer_of"]
 
+BIAS_RATE = 10.0  # times that of the LoRA, at which a single number hardly moves
 SURE = 40.0  # logit of a choice that is made: its sigmoid is 1 in float32, that of its negative 4e-18
 
 
@@ -32,6 +33,7 @@ class Method:
         kind: lora (one for all tasks), each (one per task), poly or gates.
         told: whether the name of the task stands in the text.
         own_heads: whether labels of two tasks with one text are two classes.
+        own_biases: whether each task adds numbers of its own to the logits of classes that all share.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Method:
     kind: str
     told: bool = False
     own_heads: bool = False
+    own_biases: bool = False
 
     @property
     def routed(self) -> bool:
@@ -51,6 +54,12 @@ RECOMMENDED = "train `PolyConfig.recommended"
 METHODS = (
     Method("one shared LoRA", "train one LoRA on all rows", "lora"),
     Method("shared LoRA, told the task", "train one LoRA, and put the task's name before each text", "lora", told=True),
+    Method(
+        "shared LoRA, bias per task",
+        "train one LoRA, with a bias for each task and label beside its head",
+        "lora",
+        own_biases=True,
+    ),
     Method("shared LoRA, head per task", "train one LoRA, with a head for each task", "lora", own_heads=True),
     Method("a LoRA per task", "train a LoRA for each task", "each", own_heads=True),
     Method("gates, head per task", f'{RECOMMENDED}(poly_type="gates", task_labels=...)`', "gates", own_heads=True),
@@ -112,8 +121,12 @@ def n_trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def optimizer_of(method: Method, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW without weight decay; routers have the rate of their config."""
+def optimizer_of(
+    method: Method, model: nn.Module, lr: float, biases: nn.Parameter | None = None
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay; routers have the rate of their config, and biases of tasks ten times the others'."""
     if method.routed:
         return create_poly_optimizer(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad and p is not biases]}]
+    groups += [] if biases is None else [{"params": [biases], "lr": BIAS_RATE * lr}]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)

@@ -45,8 +45,11 @@ class Classifier(nn.Module):
         self.bias = nn.Parameter(starts.new_zeros(len(place)))
         self.task_id = {task: n for n, task in enumerate(tasks.names)}
         self.label_id = {task: {label: n for n, label in enumerate(labels)} for task, labels in tasks.labels.items()}
-        own = [torch.tensor([place[key] for key in of_task]) for of_task in keys]
-        self.register_buffer("own", nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1))  # (tasks, c)
+        own = nn.utils.rnn.pad_sequence(
+            [torch.tensor([place[key] for key in of_task]) for of_task in keys], batch_first=True, padding_value=-1
+        )
+        self.register_buffer("own", own)  # (tasks, c)
+        self.biases = nn.Parameter(starts.new_zeros(own.shape)) if method.own_biases else None
         self.encoder = adapt(method, encoder, texts.blocks.targets, tasks.names)
         self.to(starts.device)
 
@@ -56,7 +59,10 @@ class Classifier(nn.Module):
         call = {"task_ids": task_ids} if self.method.kind != "lora" else {}
         vectors = self.texts.vectors(self.encoder, [self.read(row) for row in rows], **call)
         own = self.own[task_ids]  # type: ignore[index]
-        logits = (vectors @ self.weight.T + self.bias).gather(1, own.clamp(min=0)).masked_fill(own < 0, -torch.inf)
+        logits = (vectors @ self.weight.T + self.bias).gather(1, own.clamp(min=0))
+        if self.biases is not None:
+            logits = logits + self.biases[task_ids]
+        logits = logits.masked_fill(own < 0, -torch.inf)
         labels = [self.label_id[row.task][row.label] for row in rows]
         return logits, torch.tensor(labels, device=logits.device)
 
@@ -122,7 +128,7 @@ def train(
         encoder: frozen; as it was when the call ends.
         texts: cuts texts into tokens.
         tasks: the rows.
-        lr: of everything but routers.
+        lr: of everything but routers and the biases of tasks.
         steps: of training.
         batch_size: rows of a step.
         seed: of the parameters, the order of the rows, dropout and the routers' noise.
@@ -131,7 +137,7 @@ def train(
     torch.manual_seed(seed)
     model = Classifier(method, encoder, texts, tasks)
     try:
-        optimizer = optimizer_of(method, model, lr)
+        optimizer = optimizer_of(method, model, lr, model.biases)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
         learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
         looks = {round(steps * (look + 1) / LOOKS) for look in range(LOOKS)}
