@@ -197,7 +197,7 @@ def _mean(scores: Scores, what: str) -> str:
 
 
 def _shown(of: Interval) -> str:
-    return f"{of.mean:+.1f} [{of.low:+.1f}, {of.high:+.1f}]"
+    return f"{of.mean:+.1f} ± {of.error:.1f} [{of.low:+.1f}, {of.high:+.1f}]"
 
 
 def plot(plan: Plan, path: Path) -> None:

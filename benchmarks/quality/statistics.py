@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean, stdev
 
 import numpy as np
@@ -101,15 +102,21 @@ def crossed_bootstrap(values: Sequence[Sequence[float]], times: int = 10_000, se
     Both are drawn, each for itself, so that neither another draw of things nor other seeds are left out. Of few seeds
     such draws vary too little: their means are moved apart by `sqrt(s / (s - 1))`, which makes up for it.
     """
-    found, random = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    found = np.asarray(values, dtype=float)
     seeds, things = found.shape
     mean = found.mean()
     if seeds > 1:
         found = found + (found.mean(axis=1, keepdims=True) - mean) * (math.sqrt(seeds / (seeds - 1)) - 1)
-    of_seeds, of_things = (random.multinomial(n, np.full(n, 1 / n), times) / n for n in (seeds, things))
+    of_seeds, of_things = _shares(seeds, times, seed), _shares(things, times, seed + 1)
     means = (of_seeds @ found * of_things).sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(mean), float(means.std()), float(low), float(high))
+
+
+@lru_cache(maxsize=8)  # a table compares many lines over the same things
+def _shares(number: int, times: int, seed: int) -> np.ndarray:
+    """Shares `(times, number)` that each of so many things has of as many that are drawn with replacement."""
+    return np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), times) / number
 
 
 def rand_index(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:

@@ -419,7 +419,7 @@ class TestReport:
             means = [fmean(result.accuracy for seed in both for result in scores[name][seed].values())
                      for name in (line, of)]  # fmt: skip
             assert table[line]["of"] == of
-            assert table[line]["less it"].startswith(f"{means[0] - means[1]:+.1f} [")
+            assert table[line]["less it"].startswith(f"{means[0] - means[1]:+.1f} ± ")
 
     def test_the_other_tables_the_verdict_and_the_picture_are_made(self, plan, tmp_path):
         assert [row["way"] for row in report.new_table(plan, "few")] == list(WAYS)
