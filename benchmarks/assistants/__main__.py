@@ -43,7 +43,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--served",
         type=Path,
-        help="a trained adapter, as of make demo-llm: on the plain and the NF4 base; nothing else",
+        help="folder of a trained adapter, as make demo-llm writes it: asked on the plain and on the NF4 base",
     )
     parser.add_argument("--minutes", type=float, help="start no unit after so many minutes")
     parser.add_argument("--report-only", action="store_true", help="run nothing; tables of what is done")

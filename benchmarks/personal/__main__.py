@@ -90,8 +90,7 @@ def _report(args: argparse.Namespace, plan: Plan, run: Run, path: Path) -> None:
         tables[f"{args.what}: {case}"] = report.case_table(plan, case)
         of_each = {task: len(rows) for task, rows in run.problem(case).train.items()}
         tables[f"{args.what}: {case} by rows"] = report.size_table(plan, case, of_each)
-        if of.cures:
-            tables[f"{args.what}: variants at {case}"] = report.variant_table(plan, case)
+        tables[f"{args.what}: routed at {case}"] = report.routed_table(plan, case)
         if of.new:
             tables[f"{args.what}: new tasks, after {case}"] = report.new_table(plan, case)
         tables[f"{args.what}: settings of {case}"] = report.tuning_table(plan, case)

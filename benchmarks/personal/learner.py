@@ -22,7 +22,7 @@ __all__ = ["Learner", "auc", "chances", "train"]
 
 WARM_UP = 10  # steps; constant from there on, so that a run of many steps has been one of few
 CLIP = 1.0
-BIAS_RATE = 10.0  # of biases beside a router, times the skills'; what was best of those beside a shared LoRA
+BIAS_RATE = 10.0  # of biases beside a router, times the skills'; what was best on the users beside a shared LoRA
 FEWEST = 12  # sequences of a call: for few, what a call costs is more than what padding does
 
 
@@ -90,8 +90,8 @@ class Learner:
         optimizer = self.adapter.optimizer(rates)
         routed = self.adapter.method.kind != "lora"
         head = {name: p for name, p in self.head.named_parameters() if p.requires_grad}
-        alone = self.line.own == "bias" and "bias" in head and rates.router_lr
-        own = [head.pop("bias")] if alone else []
+        has_own_rate = self.line.own == "bias" and "bias" in head and rates.router_lr > 0
+        own = [head.pop("bias")] if has_own_rate else []
         own_lr = BIAS_RATE * rates.lr if routed else rates.router_lr
         for name, params, lr in (("head", list(head.values()), rates.lr), ("own", own, own_lr)):
             if params:

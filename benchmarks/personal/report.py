@@ -14,9 +14,10 @@ from ..quality.statistics import Interval, crossed_bootstrap, mean_and_error
 from .lines import LINES, REFERENCE, RIVALS, ROUTED, WAYS
 from .plan import Plan, Result, Unit
 
-__all__ = ["against", "case_table", "new_table", "plot", "size_table", "tuning_table", "variant_table", "verdict"]
+__all__ = ["against", "case_table", "new_table", "plot", "routed_table", "size_table", "tuning_table", "verdict"]
 
 SETTINGS = ("numbers that learn", "rate", "router", "steps", "seeds")  # columns that are no results
+OWN = ("a bias per task on a shared LoRA", "a head per task on a shared LoRA")  # rivals that only a classifier has
 Table = list[dict[str, Any]]
 Scores = dict[int, dict[str, Result]]  # by seed and task
 
@@ -63,7 +64,12 @@ def by_task(scores: Scores, what: str, seeds: set[int]) -> dict[str, float]:
 def against(one: Scores, other: Scores, what: str = "accuracy") -> Interval:
     """Paired difference over the seeds and tasks that both have, with an interval over draws of both."""
     seeds = sorted(one.keys() & other.keys())
-    tasks = sorted(set(by_task(one, what, set(seeds))) & set(by_task(other, what, set(seeds))))
+    whole = [
+        {task for task, of in scores[seed].items() if not math.isnan(getattr(of, what))}
+        for scores in (one, other)
+        for seed in seeds
+    ]
+    tasks = sorted(set.intersection(*whole))
     return crossed_bootstrap(
         [[getattr(one[s][task], what) - getattr(other[s][task], what) for task in tasks] for s in seeds]
     )
@@ -77,19 +83,26 @@ def case_table(plan: Plan, case: str) -> Table:
         if not math.isnan(_value(scores, "auc")):
             row["AUC"] = _mean(scores, "auc")
         for rival in RIVALS:
-            row[f"less {rival}"] = _shown(against(scores, found[rival][1])) if rival in found and rival != line else ""
+            of = against(scores, found[rival][1]) if rival in found and rival != line else None
+            row[f"less {rival}"] = f"{of.mean:+.1f} ± {of.error:.1f}" if of else ""  # the plot has the intervals
         rows.append(row)
     return rows
 
 
-def variant_table(plan: Plan, case: str) -> Table:
-    """Routed lines that differ in one thing from Poly or from gates, less these, at the seeds that both have."""
+def routed_table(plan: Plan, case: str) -> Table:
+    """Routed lines less the rivals that only a classifier has, and less the routed line that they vary in one thing."""
     found, rows = many(plan, case), []
-    for line, (_, scores) in found.items():
-        of = "gates" if line.startswith("gates") else "Poly"
-        if line in ROUTED and line != of and of in found:
-            less = against(scores, found[of][1])
-            rows.append({"method": line, "of": of, "seeds": str(len(scores)), "less it": _shown(less)})
+    for line in ROUTED:
+        if line not in found:
+            continue
+        of = "gates" if line.startswith("gates") else "MHR, 4 splits" if line == "MHR, one router" else "Poly"
+        row = {"method": line, "seeds": str(len(found[line][1]))}
+        for rival in OWN:
+            row[f"less {rival}"] = _shown(against(found[line][1], found[rival][1])) if rival in found else ""
+        varies = line != of and of in found
+        row["less"] = of if varies else ""
+        row["by"] = _shown(against(found[line][1], found[of][1])) if varies else ""
+        rows.append(row)
     return rows
 
 
@@ -201,7 +214,7 @@ def _shown(of: Interval) -> str:
 
 
 def plot(plan: Plan, path: Path) -> None:
-    """Accuracy of each line of each case less that of the shared LoRA, with the intervals over tasks."""
+    """Accuracy of each line of each case less that of the shared LoRA, with the intervals over tasks and seeds."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -224,7 +237,7 @@ def plot(plan: Plan, path: Path) -> None:
         axes.axvline(0, color="#9ca3af", linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(found)), list(found), fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"{case}: points over {REFERENCE}, 95 % over tasks")
+        axes.set_xlabel(f"{case}: points over {REFERENCE}, 95 % over tasks and seeds")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -99,8 +99,10 @@ def bootstrap(values: Sequence[float], times: int = 10_000, seed: int = 0) -> In
 def crossed_bootstrap(values: Sequence[Sequence[float]], times: int = 10_000, seed: int = 0) -> Interval:
     """The mean of `values (seeds, things)`, with the interval of a percentile bootstrap over things and over seeds.
 
-    Both are drawn, each for itself, so that neither another draw of things nor other seeds are left out. Of few seeds
-    such draws vary too little: their means are moved apart by `sqrt(s / (s - 1))`, which makes up for it.
+    Both are drawn, each for itself. The means of the seeds are moved apart by `sqrt(s / (s - 1))`, so that the standard
+    error is right on average; of two seeds it is itself a guess, and the interval too narrow (in trials it held what it
+    should 80 to 90 times of 100). Of one seed it is an interval over things alone. What is neither the seeds' nor the
+    things' is counted up to three times: it errs on the wide side.
     """
     found = np.asarray(values, dtype=float)
     seeds, things = found.shape

@@ -323,6 +323,8 @@ def test_the_set_name_of_two_active_adapters_does_not_change_in_one():
     model.rename_task("sst2", "feelings", adapter_name="one")
     model.set_task(None)
     model.rename_task("boolq", "questions", adapter_name="one")
+    assert model.base_model.peft_config["one"].task_names == ["feelings", "questions"]
+    assert model.base_model.peft_config["two"].task_names == ["rte", "sst2", "boolq"]
 
 
 # --------------------------------------------------------------------------------------------------- remove and rename

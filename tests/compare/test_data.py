@@ -72,9 +72,18 @@ def test_test_rows_with_labels_that_nobody_learns_are_named(tmp_path):
     write_tasks(tmp_path)
     strange = [{"task": "far", "input": f"new {n}", "output": "blu", "split": "test"} for n in range(2)]
     write_rows(tmp_path, strange, "strange.jsonl")
-    found = [note for note in load_tasks(tmp_path).notes if "no method can learn them" in note]
-    assert len(found) == 1
-    assert found[0].startswith("Task 'far' has 2 test row(s) with labels that none of the rows it is trained on has ('")
+    found = [note for note in load_tasks(tmp_path).notes if "can learn them" in note]
+    assert found == [
+        "Task 'far' has 2 test row(s) with labels that none of the rows it is trained on has ('blu'): no method can "
+        "learn them."
+    ]
+
+
+def test_a_label_that_another_task_learns_can_be_answered_by_a_head_for_all(tmp_path):
+    write_tasks(tmp_path)
+    write_rows(tmp_path, [{"task": "far", "input": "two cats", "output": "two", "split": "test"}], "strange.jsonl")
+    (found,) = (note for note in load_tasks(tmp_path).notes if "can learn them" in note)
+    assert found.endswith("has ('two'): only a head that all tasks share can learn them.")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from peft_poly import PolyConfig
 from peft_poly.compare.data import load_tasks
 from peft_poly.compare.learning.blocks import Blocks
 from peft_poly.compare.learning.encoder import fingerprint, load_encoder
-from peft_poly.compare.learning.methods import METHODS, adapt, n_trainable
+from peft_poly.compare.learning.methods import METHODS, adapt, n_trainable, optimizer_of
 from peft_poly.compare.learning.texts import Texts
 from peft_poly.compare.learning.training import Classifier, answers, train
 
@@ -90,6 +90,20 @@ def test_what_tells_tasks_apart_learns_labels_that_contradict_each_other(made, t
         assert share < 0.75
     else:
         assert share == 0.5 if method.name == "one shared LoRA" else share > 0.8
+
+
+def test_biases_of_tasks_start_at_zero_and_learn_at_ten_times_the_rate(made, tasks):
+    encoder, _, texts = made
+    method = BY_NAME["shared LoRA, bias per task"]
+    model = Classifier(method, encoder, texts, tasks)
+    assert not model.biases.any()
+    groups = optimizer_of(method, model, 0.01, model.biases).param_groups
+    assert [group["lr"] for group in groups] == [0.01, pytest.approx(0.1)]
+    assert [p is model.biases for p in groups[1]["params"]] == [True]
+    model.encoder.unload()
+    found = train(method, encoder, texts, tasks, lr=0.01, steps=4, batch_size=8, seed=0)
+    shared = train(BY_NAME["one shared LoRA"], encoder, texts, tasks, lr=0.01, steps=4, batch_size=8, seed=0)
+    assert found.parameters == shared.parameters + sum(map(len, tasks.labels.values()))  # of 2 and of 3 labels
 
 
 def test_a_bias_per_task_learns_where_a_tasks_good_begins_and_no_more(made, tmp_path):

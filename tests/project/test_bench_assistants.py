@@ -124,6 +124,16 @@ def test_the_tables_have_means_over_assistants_with_errors_over_seeds_and_draws(
     assert few["MHR, all"]["2 rows, form"] == "100.0 ± 0.0"
     assert few["MHR, all"]["right at 3, less shared LoRA, trained on"] == "0.0 (0 to 0)"
     assert few["shared LoRA, trained on"]["right at 3, less shared LoRA, trained on"] == ""
+
+
+def test_a_way_to_learn_from_few_rows_is_compared_letter_by_letter(plan):
+    fill(plan, lambda unit: (60.0, 60.0) if unit.method == "MHR, all" else (20.0, 40.0))
+    (cell,) = (row["right at 3, less shared LoRA, trained on"] for row in report.few_table(plan)
+               if row["way"] == "MHR, all")  # fmt: skip
+    # of ten letters two assistants: 2 and 2 are right both ways, then 4 to 6 more for one and 2 to 4 for the other
+    assert cell.startswith("30.0 (")
+    low, high = (float(part) for part in cell[len("30.0 (") : -1].split(" to "))
+    assert 0 < low < 30 < high < 60
     assert len(report.quantised_table(plan)) == 1 + len(QUANTISED)
 
 

@@ -409,17 +409,24 @@ class TestReport:
         assert found.error == pytest.approx(np.std([-6, 2, 2, 2, 2], ddof=1) / math.sqrt(5), rel=0.05)
         assert found.low < 0 < found.high
 
-    def test_variants_are_compared_with_what_they_vary_at_the_same_seeds(self, plan):
-        table = {row["method"]: row for row in report.variant_table(plan, "few")}
-        assert set(table) == {line for line in report.many(plan, "few") if line.startswith(("Poly, ", "MHR", "gates "))
-                              or line.startswith("gates, ")}  # fmt: skip
-        for line, of in (("MHR, 4 splits", "Poly"), ("gates, one router", "gates")):
-            scores = {name: report.many(plan, "few")[name][1] for name in (line, of)}
-            both = scores[line].keys() & scores[of].keys()
-            means = [fmean(result.accuracy for seed in both for result in scores[name][seed].values())
-                     for name in (line, of)]  # fmt: skip
-            assert table[line]["of"] == of
-            assert table[line]["less it"].startswith(f"{means[0] - means[1]:+.1f} ± ")
+    def test_routed_lines_are_compared_with_what_they_vary_and_with_biases_and_heads(self, plan):
+        found, table = report.many(plan, "few"), {row["method"]: row for row in report.routed_table(plan, "few")}
+        assert list(table) == [line for line in found if line.startswith(("Poly", "MHR", "gates"))]
+
+        def less(line, other):
+            """At the seeds that both have."""
+            both = found[line][1].keys() & found[other][1].keys()
+            means = [fmean(result.accuracy for seed in both for result in found[name][1][seed].values())
+                     for name in (line, other)]  # fmt: skip
+            return f"{means[0] - means[1]:+.1f} ± "
+
+        pairs = (("MHR, 4 splits", "Poly"), ("gates, one router", "gates"), ("MHR, one router", "MHR, 4 splits"))
+        for line, of in pairs:
+            assert table[line]["less"] == of
+            assert table[line]["by"].startswith(less(line, of))
+        assert table["gates"]["less"] == table["Poly"]["by"] == ""
+        for rival in ("a bias per task on a shared LoRA", "a head per task on a shared LoRA"):
+            assert table["Poly"][f"less {rival}"].startswith(less("Poly", rival))
 
     def test_the_other_tables_the_verdict_and_the_picture_are_made(self, plan, tmp_path):
         assert [row["way"] for row in report.new_table(plan, "few")] == list(WAYS)

@@ -240,8 +240,8 @@ def _check_set_for_one(context: TaskContext, active: Sequence[str], adapter_name
     if len(sharing) > 1:
         raise ValueError(
             f"Task {context.default!r} is the set task, of the active adapters {' and '.join(map(repr, sharing))}. "
-            "After this one name or id would not mean the same task in all of them. Call `set_task(None)` first, and "
-            "choose anew after it."
+            "Then no single name or id would mean the same task in all of them. Call `set_task(None)` first, and set a "
+            "task again afterwards."
         )
 
 

@@ -177,15 +177,16 @@ def _hold_out(rows: list[Row], labels: dict[str, tuple[str, ...]]) -> tuple[list
 
 
 def _never_learnt(train: list[Row], test: list[Row], labels: dict[str, tuple[str, ...]]) -> Iterator[str]:
-    """A note for each task with test rows that nobody can answer."""
-    seen = {(row.task, row.label) for row in train}
+    """A note for each task with test rows of labels that it is not trained on."""
+    seen, learnt = {(row.task, row.label) for row in train}, {row.label for row in train}
     for task in labels:
         strange = [row.label for row in test if row.task == task and (task, row.label) not in seen]
         if strange:
+            who = "only a head that all tasks share" if any(label in learnt for label in strange) else "no method"
             named = ", ".join(repr(label) for label in sorted({*strange})[:5])
             yield (
                 f"Task {task!r} has {len(strange)} test row(s) with labels that none of the rows it is trained on has "
-                f"({named}): no method can learn them."
+                f"({named}): {who} can learn them."
             )
 
 

@@ -23,7 +23,7 @@ from .comparison import Comparison, Settings
 from .data import Row, Tasks, load_tasks
 from .learning.blocks import Blocks
 from .learning.encoder import fingerprint, load_encoder
-from .learning.methods import METHODS, Method
+from .learning.methods import BIAS_RATE, METHODS, Method
 from .learning.texts import Texts
 from .learning.training import LOOKS, Trained, told, train
 from .progress import Progress
@@ -168,7 +168,7 @@ def _setups(tasks: Tasks, encoder: nn.Module, settings: Settings) -> dict[Method
     rows = [[[row.task, row.text, row.label] for row in part] for part in _parts(tasks)]
     common = {key: value for key, value in asdict(settings).items() if key not in ("rates", "seeds")}
     about = [rows, tasks.labels, common, recommended.SETTINGS, recommended.ROUTER_LR, fingerprint(encoder)]
-    kinds = {m: [m.kind, m.told, m.own_heads, *([m.own_biases] if m.own_biases else [])] for m in METHODS}
+    kinds = {m: [m.kind, m.told, m.own_heads, *([BIAS_RATE] if m.own_biases else [])] for m in METHODS}
     texts = {m: json.dumps([*about, *kind], sort_keys=True) for m, kind in kinds.items()}
     return {method: hashlib.sha256(text.encode()).hexdigest()[:16] for method, text in texts.items()}
 

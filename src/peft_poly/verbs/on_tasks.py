@@ -176,9 +176,9 @@ class TaskVerbs(ByName):
             optimizer: what trains the router: it goes on with all that it has gathered about the tasks that stay.
 
         Raises:
-            ValueError: there is no such task; none would be left; it is the set task, or moves the set id, which
-                other active adapters have, too; the adapter is merged; the optimizer is refused as by `add_tasks`.
-                Nothing has changed then.
+            ValueError: there is no such task; none would be left; it is the set task, or its removal would move the set
+                id, which other active adapters share; the adapter is merged; the optimizer is refused as by
+                `add_tasks`. Nothing has changed then.
         """
         check_not_serving(self.task_context, "`remove_tasks`")
         name = self._poly_name(adapter_name)

@@ -50,6 +50,7 @@ class Classifier(nn.Module):
         )
         self.register_buffer("own", own)  # (tasks, c)
         self.biases = nn.Parameter(starts.new_zeros(own.shape)) if method.own_biases else None
+        self.unused = int((own < 0).sum()) if method.own_biases else 0  # biases of labels that a task does not have
         self.encoder = adapt(method, encoder, texts.blocks.targets, tasks.names)
         self.to(starts.device)
 
@@ -160,7 +161,7 @@ def train(
             for name, parameter in learnt.items():
                 parameter.copy_(kept[name])
         right, _ = answers(model, tasks.test)
-        return Trained(best[2], best[0], -best[1], right, n_trainable(model))
+        return Trained(best[2], best[0], -best[1], right, n_trainable(model) - model.unused)
     finally:
         model.encoder.unload()
 
