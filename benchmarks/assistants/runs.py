@@ -33,25 +33,18 @@ class Run:
         model, tokenizer, rows = stage(unit)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if unit.method != "base" else 0
         said = answers(model, tokenizer, rows, tasks=_has_tasks(model))
-        seconds, right = round(time.perf_counter() - start, 1), _right(rows, said)
-        return [
-            Result(task, one["form"], one["exact"], trained, seconds, right[task])
-            for task, one in scores(rows, said).items()
-        ]
+        return _results(rows, said, trained, round(time.perf_counter() - start, 1))
 
     def served(self, adapter: Path) -> dict[str, tuple[list[Result], list[str]]]:
         """What an adapter answers to the test letters on the plain and on the NF4 base: scores, and the words."""
         found = {}
         for name, nf4 in (("plain", False), ("NF4", True)):
             base, tokenizer = self._base(nf4)
+            # An adapter that is loaded to be trained keeps bitsandbytes at products in float32, on every CPU.
             model = PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
             rows = self._rows("MHR", "test", self.plan.settings.test_rows)
             said = answers(model, tokenizer, rows)
-            right = _right(rows, said)
-            results = [
-                Result(task, one["form"], one["exact"], rows=right[task]) for task, one in scores(rows, said).items()
-            ]
-            found[name] = results, said
+            found[name] = _results(rows, said), said
         return found
 
     def _tune(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
@@ -163,6 +156,15 @@ class Run:
     def _keep(model: PeftModel, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def _results(rows: list[Row], said: list[str], parameters: int = 0, seconds: float = 0) -> list[Result]:
+    """By assistant, what is in its form and what is right."""
+    right = _right(rows, said)
+    return [
+        Result(task, one["form"], one["exact"], parameters, seconds, right[task])
+        for task, one in scores(rows, said).items()
+    ]
 
 
 def _right(rows: list[Row], said: list[str]) -> dict[str, str]:

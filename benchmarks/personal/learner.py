@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from peft_poly.compare.learning.methods import BIAS_RATE
 from peft_poly.router import Router
 
 from ..quality.encoder import Features
@@ -22,7 +23,6 @@ __all__ = ["Learner", "auc", "chances", "train"]
 
 WARM_UP = 10  # steps; constant from there on, so that a run of many steps has been one of few
 CLIP = 1.0
-BIAS_RATE = 10.0  # of biases beside a router, times the skills'; what was best on the users beside a shared LoRA
 FEWEST = 12  # sequences of a call: for few, what a call costs is more than what padding does
 
 
@@ -88,11 +88,11 @@ class Learner:
 
     def optimizer(self, rates: Rates) -> torch.optim.Optimizer:
         optimizer = self.adapter.optimizer(rates)
-        routed = self.adapter.method.kind != "lora"
         head = {name: p for name, p in self.head.named_parameters() if p.requires_grad}
-        has_own_rate = self.line.own == "bias" and "bias" in head and rates.router_lr > 0
-        own = [head.pop("bias")] if has_own_rate else []
-        own_lr = BIAS_RATE * rates.lr if routed else rates.router_lr
+        own_lr = 0.0  # of biases; without one they learn as the head does
+        if self.line.own == "bias":
+            own_lr = rates.router_lr if self.adapter.method.kind == "lora" else BIAS_RATE * rates.lr
+        own = [head.pop("bias")] if own_lr else []
         for name, params, lr in (("head", list(head.values()), rates.lr), ("own", own, own_lr)):
             if params:
                 optimizer.add_param_group({"name": name, "params": params, "lr": lr})

@@ -99,6 +99,8 @@ def routed_table(plan: Plan, case: str) -> Table:
         row = {"method": line, "seeds": str(len(found[line][1]))}
         for rival in OWN:
             row[f"less {rival}"] = _shown(against(found[line][1], found[rival][1])) if rival in found else ""
+        if REFERENCE in found and not math.isnan(_value(found[line][1], "auc")):
+            row[f"AUC, less {REFERENCE}"] = _shown(against(found[line][1], found[REFERENCE][1], "auc"))
         varies = line != of and of in found
         row["less"] = of if varies else ""
         row["by"] = _shown(against(found[line][1], found[of][1])) if varies else ""

@@ -90,10 +90,7 @@ class Interval:
 
 def bootstrap(values: Sequence[float], times: int = 10_000, seed: int = 0) -> Interval:
     """The mean of `values`, one for each thing, with the interval of a percentile bootstrap over the things."""
-    found, random = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    means = found[random.integers(0, len(found), (times, len(found)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(found.mean()), float(means.std()), float(low), float(high))
+    return crossed_bootstrap([values], times, seed)
 
 
 def crossed_bootstrap(values: Sequence[Sequence[float]], times: int = 10_000, seed: int = 0) -> Interval:

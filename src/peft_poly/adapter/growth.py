@@ -85,8 +85,8 @@ def remove_tasks(
     if optimizer is not None:
         check_state(optimizer, _logits(adapter_name, layers))
     contexts = {id(layer.task_context): layer.task_context for layer in active}.values()
-    names = active[0].active_adapters if active else []
-    defaults = [_default_after(context, config, adapter_name, kept, names) for context in contexts]
+    together = active[0].active_adapters if active else []
+    defaults = [_default_after(context, config, adapter_name, kept, together) for context in contexts]
     for context, default in zip(contexts, defaults, strict=True):
         context.default = default
     for context in {id(layer.task_context): layer.task_context for layer in layers}.values():
@@ -240,8 +240,8 @@ def _check_set_for_one(context: TaskContext, active: Sequence[str], adapter_name
     if len(sharing) > 1:
         raise ValueError(
             f"Task {context.default!r} is the set task, of the active adapters {' and '.join(map(repr, sharing))}. "
-            "Then no single name or id would mean the same task in all of them. Call `set_task(None)` first, and set a "
-            "task again afterwards."
+            "With this change no single name or id would mean the same task in all of them. Call `set_task(None)` "
+            "first, and set a task again afterwards."
         )
 
 
