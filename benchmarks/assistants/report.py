@@ -1,7 +1,7 @@
-"""From results to tables: means over the assistants, with intervals over the letters and errors over draws of rows.
+"""From results to tables: means over the assistants, with intervals over letters and seeds, or draws of rows.
 
 A letter goes to all assistants, so that its answers are not independent: the intervals are percentile bootstraps over
-letters, each with the mean over the assistants and seeds.
+letters, each with its mean over the assistants, and over the seeds, where there are several.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from statistics import fmean
 from typing import Any
 
-from ..quality.statistics import bootstrap, mean_and_error
+from ..quality.statistics import crossed_bootstrap, mean_and_error
 from .plan import FEW, METHODS, QUANTISED, Plan, Result, Unit
 
 __all__ = ["all_table", "few_table", "quantised_table", "served_table", "task_table", "tuning_table"]
@@ -30,7 +30,7 @@ def all_table(plan: Plan) -> Table:
         if method != "base":
             row["rates"] = " / ".join(f"{rate:g}" for rate in plan.rates(method) if rate)
         row |= {what: shown([_mean(one, what) for one in seeds.values()]) for what in ("form", "exact")}
-        row["95 % of draws of letters"] = interval(letters(seeds))
+        row["95 % of draws"] = interval(letters(seeds))
         rows.append({**row, "seeds": len(seeds), "exact, less told": _less(seeds, found["shared LoRA, told"], method)})
     return rows
 
@@ -77,7 +77,7 @@ def quantised_table(plan: Plan) -> Table:
         {
             "base in training, then in serving": name,
             **{what: shown([_mean(one, what)]) for what in ("form", "exact")},
-            "95 % of draws of letters": interval(letters({0: one})),
+            "95 % of draws": interval(letters({0: one})),
             "exact, less plain": interval(_paired({0: one}, {0: plain})) if plain and one is not plain else "",
         }
         for name, one in found.items()
@@ -92,7 +92,7 @@ def served_table(found: dict[str, tuple[list[Result], list[str]]]) -> Table:
         {
             "base": name,
             **{what: shown([_mean(one, what)]) for what in ("form", "exact")},
-            "95 % of draws of letters": interval(letters({0: one})),
+            "95 % of draws": interval(letters({0: one})),
             "exact, less plain": interval(_paired({0: one}, {0: plain})) if one is not plain else "",
             "answers equal": f"{sum(a == b for a, b in zip(said, words, strict=True))} of {len(words)}",
         }
@@ -122,17 +122,17 @@ def shown(values: list[float]) -> str:
     return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
 
 
-def letters(seeds: dict[int, list[Result]]) -> list[float]:
-    """For each letter of the test, per cent of the answers to it that are right, over assistants and seeds."""
-    found = [result.rows for results in seeds.values() for result in results]
-    return [100 * fmean(int(rows[letter]) for rows in found) for letter in range(len(found[0]))]
+def letters(seeds: dict[int, list[Result]]) -> list[list[float]]:
+    """By seed and letter of the test, per cent of the answers to it that are right, over assistants."""
+    return [
+        [100 * fmean(map(int, answers)) for answers in zip(*(result.rows for result in results), strict=True)]
+        for results in seeds.values()
+    ]
 
 
-def interval(values: list[float]) -> str:
-    """The 2.5th and the 97.5th percentile of the mean over draws of the letters; empty where there is nothing."""
-    if not values:
-        return ""
-    found = bootstrap(values)
+def interval(values: list[list[float]]) -> str:
+    """The 2.5th and the 97.5th percentile of the mean over draws of letters and seeds."""
+    found = crossed_bootstrap(values)
     return f"{found.low:.0f} to {found.high:.0f}"
 
 
@@ -160,8 +160,12 @@ def _less(seeds: dict[int, list[Result]], others: dict[int, list[Result]], metho
     if method in ("base", "shared LoRA, told", TRAINED_ON) or not both:
         return ""
     less = _paired(both, {seed: others[seed] for seed in both})
-    return f"{fmean(less):.1f} ({interval(less)})"
+    return f"{fmean(map(fmean, less)):.1f} ({interval(less)})"
 
 
-def _paired(one: dict[int, list[Result]], other: dict[int, list[Result]]) -> list[float]:
-    return [a - b for a, b in zip(letters(one), letters(other), strict=True)]
+def _paired(one: dict[int, list[Result]], other: dict[int, list[Result]]) -> list[list[float]]:
+    """The differences of two that answered the same letters, by seed and letter."""
+    return [
+        [a - b for a, b in zip(mine, theirs, strict=True)]
+        for mine, theirs in zip(letters(one), letters(other), strict=True)
+    ]

@@ -114,7 +114,7 @@ def test_the_tables_have_means_over_assistants_with_errors_over_seeds_and_draws(
     found = {row["method"]: row for row in report.all_table(plan)}
     assert found["MHR"]["exact"] == "25.0 ± 5.0"  # (0 + 40) / 2 and (20 + 40) / 2
     assert found["gates"]["exact, less told"] == "0.0 (0 to 0)"
-    low, high = (float(part) for part in found["MHR"]["95 % of draws of letters"].split(" to "))
+    low, high = (float(part) for part in found["MHR"]["95 % of draws"].split(" to "))
     assert low < 25 < high
     assert found["base"]["exact"] == "20.0"
     assert report.task_table(plan)[0] | {"base": "0"} == report.task_table(plan)[0]
@@ -135,6 +135,17 @@ def test_a_way_to_learn_from_few_rows_is_compared_letter_by_letter(plan):
     low, high = (float(part) for part in cell[len("30.0 (") : -1].split(" to "))
     assert 0 < low < 30 < high < 60
     assert len(report.quantised_table(plan)) == 1 + len(QUANTISED)
+
+
+def test_seeds_that_disagree_make_an_interval_wide_though_all_letters_agree(plan):
+    fill(plan, lambda unit: (100.0, 100.0) if unit.method == "MHR" and unit.seed else (0.0, 0.0))
+    found = {row["method"]: row for row in report.all_table(plan)}
+    mean, drawn = found["MHR"]["exact, less told"].split(" ", 1)
+    assert mean == "50.0"
+    low, high = (float(part) for part in drawn.strip("()").split(" to "))
+    assert low <= 0
+    assert high >= 100  # a draw of one seed twice, moved apart as two seeds ask
+    assert found["gates"]["exact, less told"] == "0.0 (0 to 0)"
 
 
 @NEWER

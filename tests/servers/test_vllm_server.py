@@ -14,7 +14,7 @@ from exported import NEW_TOKENS, PROMPTS, TIE, until
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks are no part of the package
 
-from benchmarks.serving import ask, vllm_server
+from benchmarks.servers import ask, vllm_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 CLIENTS = 24
