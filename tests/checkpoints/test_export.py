@@ -390,6 +390,21 @@ def test_modules_to_save_go_along_with_a_warning(tmp_path):
     )
 
 
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_embeddings_that_changed_in_place_go_along_when_asked_for(modules_to_save, tmp_path):
+    base = CASES["llama"].make()
+    untouched = copy.deepcopy(base)
+    model = adapt("llama", base, modules_to_save=modules_to_save)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-2:].normal_()
+    with pytest.warns(UserWarning, match="whole tensor"):
+        model.export_lora("sst2", tmp_path / "lora", save_embedding_layers=True)
+    inputs = {"input_ids": torch.arange(base.config.vocab_size - 4, base.config.vocab_size)[None]}
+    wanted = model.eval()(**inputs, task_ids="sst2").logits
+    served = PeftModel.from_pretrained(untouched, tmp_path / "lora").eval()
+    torch.testing.assert_close(served(**inputs).logits, wanted, atol=1e-5, rtol=0)
+
+
 def test_an_adapter_without_modules_to_save_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

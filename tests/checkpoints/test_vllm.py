@@ -11,7 +11,7 @@ from tiny import CASES
 
 from peft_poly import PolyConfig
 from peft_poly.checkpoints.export import export_lora
-from peft_poly.checkpoints.vllm import vllm_command, vllm_serves
+from peft_poly.checkpoints.vllm import WITH_LORAS, vllm_command, vllm_serves
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
 
@@ -35,13 +35,50 @@ def test_decoders_are_served():
     assert vllm_serves(llama(), 8, whole_tensors=False)
 
 
-@pytest.mark.parametrize("whose", ["llama, no head", "gpt2", "bert", "encoder", "t5", "module", "rank", "tensors"])
+OLD = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32}
+NOT_SERVED = {  # decoders that vLLM does not know, or adds no LoRA to
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**OLD)),
+    "openai-gpt": lambda: tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(**OLD)),
+    "codegen": lambda: tf.CodeGenForCausalLM(tf.CodeGenConfig(**{**OLD, "n_head": 4}, rotary_dim=2)),
+    "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=32)),
+    "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**SIZES)),
+    "gpt-neo": lambda: tf.GPTNeoForCausalLM(
+        tf.GPTNeoConfig(hidden_size=16, num_layers=1, attention_types=[[["global"], 1]], num_heads=2, vocab_size=32)
+    ),
+    "bert as a decoder": lambda: tf.BertLMHeadModel(tf.BertConfig(**SIZES, is_decoder=True)),
+}
+
+
+@pytest.mark.parametrize("whose", NOT_SERVED)
+def test_decoders_that_vllm_does_not_serve_have_no_line(whose):
+    model = NOT_SERVED[whose]()
+    assert model.can_generate()
+    assert not vllm_serves(model, 8, whole_tensors=False)
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Qwen3", "Gemma2", "Phi3", "OPT", "GPTNeoX", "SmolLM3", "Olmo2"])
+def test_classes_that_vllm_lists_are_known_by_their_names_in_transformers(name):
+    assert f"{name}ForCausalLM" in WITH_LORAS
+    assert hasattr(tf, f"{name}ForCausalLM")
+
+
+def test_a_card_names_no_folder_of_the_machine_that_wrote_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("base")
+    config = PolyConfig(task_type="CAUSAL_LM", task_names=["a", "b"], target_modules=["q_proj"])
+    model = peft.get_peft_model(tf.LlamaForCausalLM.from_pretrained("base"), config)
+    folders = export_lora(model, None, "loras")
+    assert capsys.readouterr().out.startswith("vllm serve base --enable-lora")  # from where it was printed
+    card = ModelCard.load(folders["a"] / "README.md").text
+    assert "vllm serve BASE_MODEL --enable-lora" in card  # the card says: from the folder that this one lies in
+    assert "`BASE_MODEL` is the folder of the base model" in card
+
+
+@pytest.mark.parametrize("whose", ["llama, no head", "bert", "encoder", "t5", "module", "rank", "tensors"])
 def test_what_vllm_does_not_serve_has_no_line(whose):
     model, rank, whole = llama(), 8, False
     if whose == "llama, no head":
         model = model.model
-    elif whose == "gpt2":
-        model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
     elif whose in ("bert", "encoder"):
         cls = tf.BertForSequenceClassification if whose == "bert" else tf.BertModel
         model = cls(tf.BertConfig(**SIZES))

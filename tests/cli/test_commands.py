@@ -309,6 +309,21 @@ class TestExport:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
+    def test_embeddings_that_were_saved_with_the_adapter_go_along(self, run, tmp_path):
+        model = save(tmp_path, base=llama())
+        with torch.no_grad():
+            model.get_input_embeddings().weight[-2:].normal_()  # spare rows of the vocabulary, used
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        words = ["--base", tmp_path / "base", "--task", "1", "-o", tmp_path / "lora"]
+        code, _, err = run("export", tmp_path / "adapter", *words)
+        assert code == 0
+        assert "whole tensor(s) of `modules_to_save` or embeddings" in err
+        base = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        lora = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+        ids = torch.arange(base.config.vocab_size - 4, base.config.vocab_size)[None]
+        wanted = model.eval()(input_ids=ids, task_ids=1).logits
+        torch.testing.assert_close(lora(input_ids=ids).logits, wanted, atol=1e-5, rtol=0)
+
     def test_json_says_where_each_task_lies(self, done, adapter, base, tmp_path):
         result = json.loads(done("export", adapter, "--base", base, "-o", tmp_path / "all", "--json"))
         assert result["folders"] == {name: str(tmp_path / "all" / name) for name in TASKS}

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union, cast
+from typing import Any, Literal, Optional, Union, cast
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -49,6 +49,7 @@ def export_lora(
     *,
     adapter_name: Optional[str] = None,
     overwrite: bool = False,
+    save_embedding_layers: Union[bool, Literal["auto"]] = "auto",
 ) -> Union[Path, dict[str, Path]]:
     """Write one task as a plain PEFT LoRA of the same rank, with the outputs of the task at eval, or all of them.
 
@@ -60,6 +61,9 @@ def export_lora(
         save_directory: where to write. The tensors have the adapter's dtype.
         adapter_name: the adapter. Default: the active one.
         overwrite: replace an existing folder.
+        save_embedding_layers: whether the base model's embeddings go along, as in PEFT's `save_pretrained`: "auto" does
+            so if the vocabulary has another size than the base model's, which leaves out those that were changed in
+            place.
 
     Returns:
         The folder; for `task=None` the folders by task name (by id, as text, if the tasks have no names).
@@ -70,7 +74,7 @@ def export_lora(
             not all here (sharded, or on the meta device).
     """
     with onloaded(model):
-        return _export(_source(model, adapter_name), task, Path(save_directory), overwrite)
+        return _export(_source(model, adapter_name, save_embedding_layers), task, Path(save_directory), overwrite)
 
 
 def _export(
@@ -83,14 +87,13 @@ def _export(
     if task is not None:
         task_id = _task_id(task, source)
         with staged(target, overwrite) as folder:
-            _write(source, lora_config, task_id, folder, _vllm(source, {names[task_id]: f"./{target.resolve().name}"}))
+            _write(source, lora_config, task_id, folder, {names[task_id]: f"./{target.resolve().name}"})
         return target
     with staged(target, overwrite) as folder:
-        command = _vllm(source, {name: f"./{name}" for name in names})
         for task_id, name in enumerate(names):
-            _write(source, lora_config, task_id, folder / name, command)
-    if command:
-        print(_vllm(source, {name: str(target / name) for name in names}))
+            _write(source, lora_config, task_id, folder / name, {name: f"./{name}" for name in names})
+    if source.vllm_serves:
+        print(vllm_command(source.base_name, source.config.r, {name: str(target / name) for name in names}))
     labels = source.config.task_names or names
     return {label: target / name for label, name in zip(labels, names, strict=True)}
 
@@ -116,8 +119,13 @@ class _Source:
         """The others that every task's folder has."""
         return {key: tensor for key, tensor in self.others.items() if not key.startswith(tuple(self.heads))}
 
+    @property
+    def vllm_serves(self) -> bool:
+        """Whether vLLM serves the folders."""
+        return vllm_serves(self.root, self.config.r, whole_tensors=bool(self.others))
 
-def _source(model: nn.Module, adapter_name: Optional[str]) -> _Source:
+
+def _source(model: nn.Module, adapter_name: Optional[str], embeddings: Union[bool, Literal["auto"]]) -> _Source:
     model = getattr(model, "_orig_mod", model)
     tuner = model.base_model if isinstance(model, PeftModel) else model
     root = tuner.model if isinstance(tuner, BaseTuner) else tuner
@@ -134,7 +142,7 @@ def _source(model: nn.Module, adapter_name: Optional[str]) -> _Source:
         check_layer_whole(name, layer, adapter, config)
     base_name = config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
     heads = {f"{PREFIX}{name.replace('_orig_mod.', '')}.": module for name, module in named_heads(root, adapter)}
-    source = _Source(adapter, config, root, layers, _other_tensors(tuner, root, adapter), heads, base_name)
+    source = _Source(adapter, config, root, layers, _other_tensors(tuner, root, adapter, embeddings), heads, base_name)
     _warn_of_whole_tensors(source)
     return source
 
@@ -147,12 +155,14 @@ def _only_active(layers: Iterable[PolyLayer]) -> str:
     return active.pop()
 
 
-def _other_tensors(tuner: nn.Module, root: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """What PEFT saves with the adapter besides its skills and routers: `modules_to_save`, resized embeddings."""
+def _other_tensors(
+    tuner: nn.Module, root: nn.Module, adapter: str, embeddings: Union[bool, Literal["auto"]]
+) -> dict[str, torch.Tensor]:
+    """What PEFT saves with the adapter besides its skills and routers: `modules_to_save`, embeddings."""
     if adapter not in getattr(tuner, "peft_config", {}):
         return {}
     prefix = PREFIX if tuner is root else PREFIX.removesuffix("model.")
-    tensors = get_peft_model_state_dict(tuner, adapter_name=adapter)
+    tensors = get_peft_model_state_dict(tuner, adapter_name=adapter, save_embedding_layers=embeddings)
     return {f"{prefix}{key}": tensor for key, tensor in tensors.items() if f".{PolyLayer.prefix}" not in f".{key}"}
 
 
@@ -179,19 +189,14 @@ def _names(task: Any, source: _Source) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- the folder
-def _vllm(source: _Source, folders: dict[str, str]) -> Optional[str]:
-    """The line with which vLLM serves these folders, if it does."""
-    served = vllm_serves(source.root, source.config.r, whole_tensors=bool(source.others))
-    return vllm_command(source.base_name, source.config.r, folders) if served else None
-
-
-def _write(source: _Source, lora_config: LoraConfig, task_id: int, folder: Path, command: Optional[str]) -> None:
+def _write(source: _Source, lora_config: LoraConfig, task_id: int, folder: Path, served_with: dict[str, str]) -> None:
+    """One task's folder; its card says how to serve it with those of `served_with`."""
     folder.mkdir(exist_ok=True)
     save_file(_tensors(source, task_id), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     base = type(source.root)
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}  # as PEFT's save_pretrained does
     lora_config.save_pretrained(str(folder), auto_mapping_dict=None if lora_config.task_type else mapping)
-    _card(source, task_id, command).save(folder / "README.md")
+    _card(source, task_id, served_with).save(folder / "README.md")
 
 
 @torch.no_grad()
@@ -269,7 +274,7 @@ def _base_lines(source: _Source, cls: str, task_id: int) -> list[str]:
     return [f"base = {cls}.from_pretrained(\n{lines})"]
 
 
-def _card(source: _Source, task_id: int, command: Optional[str]) -> ModelCard:
+def _card(source: _Source, task_id: int, served_with: dict[str, str]) -> ModelCard:
     config, base = source.config, source.root
     name = " ".join(config.task_names[task_id].split()) if config.task_names else str(task_id)
     data = ModelCardData(base_model=source.base_name, library_name="peft", tags=["lora", "peft-poly"])
@@ -285,6 +290,7 @@ def _card(source: _Source, task_id: int, command: Optional[str]) -> ModelCard:
             lines += [f"# its `{key.removeprefix(PREFIX)[:-1]}` must be a `torch.nn.Linear({size})`, that of this task"]
     lines += ['model = PeftModel.from_pretrained(base, "...")  # this folder, or the id of its repository']
     loading = "\n".join(lines)
+    serving = vllm_section(source.base_name, config.r, served_with) if source.vllm_serves else ""
     return ModelCard(
         f"""\
 ---
@@ -301,5 +307,5 @@ A plain LoRA of rank {config.r}: what a task-routed adapter of {config.n_tasks} 
 ```python
 {loading}
 ```
-{vllm_section(command) if command else ""}"""
+{serving}"""
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Optional
 
 from torch import nn
@@ -12,24 +13,20 @@ from transformers import PreTrainedModel
 __all__ = ["vllm_command", "vllm_section", "vllm_serves"]
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` accepts
-# model types of decoders that vLLM (0.32) runs and adds no LoRA to
-WITHOUT_LORAS = {
-    "bloom",
-    "dbrx",
-    "falcon",
-    "falcon_mamba",
-    "gpt2",
-    "gptj",
-    "mamba",
-    "mamba2",
-    "orion",
-    "stablelm",
-    "zamba2",
-}
+# classes of transformers, `LlamaForCausalLM` and so on, to which vLLM 0.32 adds LoRAs, by its registry of models
+DECODERS = """
+AXK1 Afmoe Apertus Arcee Cohere2 Cohere Cwm DeepseekV2 DeepseekV32 DeepseekV3 Ernie4_5 Ernie4_5_Moe Exaone4
+ExaoneMoe FalconH1 FlexOlmo GPTBigCode GPTNeoX Gemma2 Gemma3 Gemma4 Gemma Glm4 Glm4Moe Glm4MoeLite Glm GlmMoeDsa
+GptOss Granite GraniteMoe GraniteMoeHybrid GraniteMoeSWA GraniteMoeShared GraniteSWA HYV3 HYV4 HunYuanDenseV1
+HunYuanMoEV1 HyperCLOVAX Inkling Jais2 Jamba Laguna Lfm2 Lfm2Moe Llama4 Llama LongcatFlash Mellum MiniCPM3
+MiniMaxM2 Ministral3 Mistral Mixtral Nemotron NemotronH OPT Olmo2 Olmo3 Olmo OlmoHybrid Olmoe Phi3 Phi Qwen2
+Qwen2Moe Qwen3 Qwen3Moe Qwen3Next Qwen3_5 Qwen3_5Moe SeedOss SmolLM3 Starcoder2 VaultGemma
+"""
+WITH_LORAS = {f"{name}ForCausalLM" for name in DECODERS.split()}
 
 
 def vllm_serves(model: nn.Module, rank: int, whole_tensors: bool) -> bool:
-    """Whether vLLM is known to serve LoRAs of a model: those of decoders that generate, and nothing but low-rank pairs.
+    """Whether vLLM is known to serve LoRAs of a model: those of some decoders of texts, and nothing but low-rank pairs.
 
     Args:
         model: the base model.
@@ -38,8 +35,7 @@ def vllm_serves(model: nn.Module, rank: int, whole_tensors: bool) -> bool:
     """
     if not isinstance(model, PreTrainedModel) or whole_tensors or rank > RANKS[-1]:
         return False
-    decoder = model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
-    return bool(decoder) and model.config.model_type not in WITHOUT_LORAS
+    return type(model).__name__ in WITH_LORAS
 
 
 def vllm_command(base_model: Optional[str], rank: int, folders: Mapping[str, str]) -> str:
@@ -56,8 +52,14 @@ def vllm_command(base_model: Optional[str], rank: int, folders: Mapping[str, str
     return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {loras}"
 
 
-def vllm_section(command: str) -> str:
-    """What the card of a LoRA says of vLLM, in Markdown; `command` is that of `vllm_command`."""
+def vllm_section(base_model: Optional[str], rank: int, folders: Mapping[str, str]) -> str:
+    """What the card of a LoRA says of vLLM, in Markdown; arguments of `vllm_command`.
+
+    A base model in a folder has no name that means the same wherever the card is read, so a placeholder stands for it.
+    """
+    local = base_model is not None and Path(base_model).is_dir()
+    command = vllm_command(None if local else base_model, rank, folders)
+    where = " `BASE_MODEL` is the folder of the base model." if local or not base_model else ""
     return f"""
 ## How to serve it
 
@@ -67,5 +69,5 @@ With vLLM, from the folder that this one lies in:
 {command}
 ```
 
-Requests name the task as their `model`. `--max-loras` says how many tasks a batch may mix.
+Requests name the task as their `model`. `--max-loras` says how many tasks a batch may mix.{where}
 """

@@ -19,7 +19,14 @@ from torch import nn
 
 from ..checkpoints.finding import find_file
 
-__all__ = ["base_model_name", "hollow_base_model", "load_base_model", "save_tokenizer", "with_adapter"]
+__all__ = [
+    "base_model_name",
+    "embeddings_came_along",
+    "hollow_base_model",
+    "load_base_model",
+    "save_tokenizer",
+    "with_adapter",
+]
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -97,6 +104,16 @@ def with_adapter(model: nn.Module, source: str, **kwargs: Any) -> Any:
     except RuntimeError as error:  # of torch: a heading, and then a line for every tensor
         said = str(error).strip().splitlines()
         raise ValueError(f"{source} does not fit the base model: {said[min(1, len(said) - 1)].strip()}") from error
+
+
+def embeddings_came_along(model: nn.Module, source: Union[str, Path]) -> bool:
+    """Whether the adapter's file has the base model's embeddings, which went into the model with it."""
+    path = find_file(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    if path.suffix != ".safetensors":
+        return False
+    with safe_open(path, framework="pt") as file:
+        saved = set(file.keys())
+    return any(isinstance(m, nn.Embedding) and f"{name}.weight" in saved for name, m in model.named_modules())
 
 
 def save_tokenizer(base: str, folder: Path) -> bool:

@@ -25,7 +25,14 @@ from ..config import PolyConfig
 from ..insight.plots import figure_class, save_plots
 from ..insight.report import write_report
 from . import tables
-from .bases import base_model_name, hollow_base_model, load_base_model, save_tokenizer, with_adapter
+from .bases import (
+    base_model_name,
+    embeddings_came_along,
+    hollow_base_model,
+    load_base_model,
+    save_tokenizer,
+    with_adapter,
+)
 from .terminal import console, note, print_json, quiet_libraries, working
 
 __all__ = ["compare", "convert", "export", "inspect", "merge"]
@@ -62,9 +69,10 @@ def export(source: str, output: Path, *, base: Optional[str], task: Optional[str
     check_target(output, force)
     quiet_libraries()
     model = with_adapter(hollow_base_model(source, config, name), source, low_cpu_mem_usage=True)
+    embeddings = True if embeddings_came_along(model, source) else "auto"
     printed = io.StringIO()
     with working("Exporting"), contextlib.redirect_stdout(printed):
-        written = model.export_lora(task_id, output, overwrite=force)
+        written = model.export_lora(task_id, output, overwrite=force, save_embedding_layers=embeddings)
     folders = written if isinstance(written, dict) else {_names(config)[task_id or 0]: written}
     command = printed.getvalue().strip() or None
     if as_json:

@@ -81,7 +81,7 @@ class MergeAndExport(ByName):
         Args:
             task: id or name of the task, whose folder `save_directory` becomes. None: every task, a subfolder each.
             save_directory: where to write.
-            kwargs: `adapter_name` and `overwrite` of `peft_poly.export_lora`.
+            kwargs: `adapter_name`, `overwrite` and `save_embedding_layers` of `peft_poly.export_lora`.
 
         Returns:
             The folder, or the folders by task.
