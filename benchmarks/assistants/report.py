@@ -11,11 +11,12 @@ from statistics import fmean
 from typing import Any
 
 from ..quality.statistics import crossed_bootstrap, mean_and_error
-from .plan import FEW, METHODS, QUANTISED, Plan, Result, Unit
+from .plan import FEW, KEPT, METHODS, OLD_ROWS, QUANTISED, Plan, Result, Unit
 
-__all__ = ["all_table", "few_table", "quantised_table", "served_table", "task_table", "tuning_table"]
+__all__ = ["all_table", "few_table", "kept_table", "quantised_table", "served_table", "task_table", "tuning_table"]
 
 Table = list[dict[str, Any]]
+NAMES = {"form": "form", "right": "exact"}  # headings, and what they are of a result
 TRAINED_ON = "shared LoRA, trained on"  # what ways to learn from a few rows are compared with
 
 
@@ -60,10 +61,28 @@ def few_table(plan: Plan) -> Table:
             continue
         row = {"way": way, "numbers that learn": f"{units[0][0].parameters:,}"}
         for shots in plan.settings.shots:
-            for heading, what in (("form", "form"), ("right", "exact")):
+            for heading, what in NAMES.items():
                 values = [_mean(results, what) for results in by_shots[shots].values()]
                 row[f"{shots} rows, {heading}"] = shown(values)
         rows.append({**row, f"right at {most}, less {TRAINED_ON}": _less(by_shots[most], found[TRAINED_ON][most], way)})
+    return rows
+
+
+def kept_table(plan: Plan) -> Table:
+    """A line for each way to learn the seventh assistant from most rows: the seventh, the six after it, and before."""
+    rows = []
+    for way in KEPT:
+        found = plan.store.done.get(Unit("kept", way, 0, max(plan.settings.shots)))
+        before = plan.store.done.get(Unit("all", FEW[way.removesuffix(OLD_ROWS)] or "", 0))
+        if not found or not before:
+            continue
+        tasks = {result.task for result in before}
+        seventh, six = ([one for one in found if (one.task in tasks) is old] for old in (False, True))
+        row = {"way": way}
+        for whose, results in (("seventh", seventh), ("the six", six), ("the six before", before)):
+            row |= {f"{whose}, {name}": shown([_mean(results, what)]) for name, what in NAMES.items()}
+        less = _paired({0: six}, {0: before})
+        rows.append({**row, "right, the six less before": f"{fmean(less[0]):.1f} ({interval(less)})"})
     return rows
 
 

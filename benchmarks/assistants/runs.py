@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_poly import PolyConfig
 
-from .plan import FEW, QUANTISED, Plan, Result, Unit
+from .plan import FEW, OLD_ROWS, QUANTISED, Plan, Result, Unit
 
 __all__ = ["Run"]
 
@@ -29,7 +30,8 @@ class Run:
     def __call__(self, unit: Unit) -> list[Result]:
         start = time.perf_counter()
         torch.manual_seed(unit.seed)
-        stage = {"tune": self._tune, "all": self._all, "quantised": self._quantised, "few": self._few}[unit.stage]
+        stage = {"tune": self._tune, "all": self._all, "quantised": self._quantised, "few": self._few,
+                 "kept": self._kept}[unit.stage]  # fmt: skip
         model, tokenizer, rows = stage(unit)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if unit.method != "base" else 0
         said = answers(model, tokenizer, rows, tasks=_has_tasks(model))
@@ -68,11 +70,24 @@ class Run:
 
     def _few(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
         """The seventh assistant from a few rows; the draws are of other rows and of another start."""
-        method, settings = FEW[unit.method], self.plan.settings
+        model, tokenizer = self._seventh(unit, unit.method, [])
+        return model, tokenizer, self._rows(FEW[unit.method], "test", self.plan.settings.test_rows, [LATER])
+
+    def _kept(self, unit: Unit) -> tuple[Any, Any, list[Row]]:
+        """The seventh and then the six, after the seventh was learnt: alone, or with rows of the six beside it."""
+        way = unit.method.removesuffix(OLD_ROWS)
+        method, each = FEW[way], -(-unit.shots // len(TRAINED))
+        old = self._rows(method, "train", each) if way != unit.method else []
+        model, tokenizer = self._seventh(unit, way, old)
+        return model, tokenizer, self._rows(method, "test", self.plan.settings.test_rows, [LATER, *TRAINED])
+
+    def _seventh(self, unit: Unit, way: str, others: list[Row]) -> tuple[Any, Any]:
+        """What a way makes of the rows of the seventh and of others, which are seen as often as its own."""
+        method, settings = FEW[way], self.plan.settings
         base, tokenizer = load(self.model)
-        every = rows_of([LATER], "train")
+        every = self._rows(method, "train", None, [LATER])
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(unit.draw)).tolist()
-        rows, test = [every[n] for n in order[: unit.shots]], rows_of([LATER], "test")[: settings.test_rows]
+        rows = [every[n] for n in order[: unit.shots]] + others
         config, rates = None, self.plan.rates(method or "shared LoRA")
         if method is None:
             model, config = base, self._config("shared LoRA", [LATER])
@@ -80,22 +95,10 @@ class Run:
             model = PeftModel.from_pretrained(base, self._adapter(method, unit.seed), is_trainable=True)
             if isinstance(model.active_peft_config, PolyConfig):
                 model.add_tasks([LATER])
-            if "only" in unit.method:
+            if "only" in way:
                 model.train_router_only()
-            if method == "shared LoRA, told":
-                rows, test = [told(row) for row in rows], [told(row) for row in test]
-        steps = settings.few_steps
-        model = self._train(
-            model,
-            tokenizer,
-            rows,
-            config,
-            rates,
-            unit.draw,
-            steps * settings.few_batch / unit.shots,
-            settings.few_batch,
-        )
-        return model, tokenizer, test
+        passes = settings.few_steps * settings.few_batch / unit.shots
+        return self._train(model, tokenizer, rows, config, rates, unit.draw, passes, settings.few_batch), tokenizer
 
     def _adapter(self, method: str, seed: int, nf4: bool = False) -> Path:
         """The folder of an adapter of all assistants; it is trained where only its results are there, as in a clone."""
@@ -141,8 +144,8 @@ class Run:
             model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, quantization_config=how)
         return model, tokenizer
 
-    def _rows(self, method: str, split: str, most: int) -> list[Row]:
-        rows = [row for name in TRAINED for row in rows_of([name], split)[:most]]
+    def _rows(self, method: str | None, split: str, most: int | None, assistants: Sequence[str] = TRAINED) -> list[Row]:
+        rows = [row for name in assistants for row in rows_of([name], split)[:most]]
         return [told(row) for row in rows] if method == "shared LoRA, told" else rows
 
     def _folder(self, method: str, seed: int) -> Path:

@@ -399,6 +399,8 @@ def test_embeddings_that_changed_in_place_go_along_when_asked_for(modules_to_sav
         model.get_input_embeddings().weight[-2:].normal_()
     with pytest.warns(UserWarning, match="whole tensor"):
         model.export_lora("sst2", tmp_path / "lora", save_embedding_layers=True)
+    whole = [key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors") if ".lora_" not in key]
+    assert sorted(whole) == ["base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"]
     inputs = {"input_ids": torch.arange(base.config.vocab_size - 4, base.config.vocab_size)[None]}
     wanted = model.eval()(**inputs, task_ids="sst2").logits
     served = PeftModel.from_pretrained(untouched, tmp_path / "lora").eval()

@@ -22,7 +22,19 @@ from assistant_data import TRAINED, rows_of
 
 from benchmarks.assistants import __main__ as command
 from benchmarks.assistants import report
-from benchmarks.assistants.plan import FEW, GRID, METHODS, QUANTISED, Plan, Result, Settings, Store, Unit
+from benchmarks.assistants.plan import (
+    FEW,
+    GRID,
+    KEPT,
+    METHODS,
+    OLD_ROWS,
+    QUANTISED,
+    Plan,
+    Result,
+    Settings,
+    Store,
+    Unit,
+)
 from benchmarks.assistants.runs import Run
 
 TINY = Settings(
@@ -73,7 +85,7 @@ def plan(tmp_path) -> Plan:
 def fill(plan: Plan, exact) -> None:
     """Pretend that every unit has run; `exact` says what its two assistants have right."""
     for unit in plan.units():
-        values = zip("ab", exact(unit), strict=True)
+        values = [*zip("ab", exact(unit), strict=True), *([("slip", 0.0)] if unit.stage == "kept" else [])]
         plan.store.add(unit, [Result(task, 100.0, value, 7, 1.0, _rows(value)) for task, value in values])
 
 
@@ -90,6 +102,7 @@ def test_a_plan_has_every_method_seed_way_and_draw_once(plan):
     assert {unit.method for unit in units if unit.stage == "quantised"} == set(QUANTISED)
     few = {(unit.method, unit.shots, unit.draw) for unit in units if unit.stage == "few"}
     assert few == {(way, shots, draw) for way in FEW for shots in (2, 3) for draw in (0, 1)}
+    assert {(unit.method, unit.shots) for unit in units if unit.stage == "kept"} == {(way, 3) for way in KEPT}
 
 
 def test_results_of_other_settings_are_not_taken_for_these(plan):
@@ -148,6 +161,22 @@ def test_seeds_that_disagree_make_an_interval_wide_though_all_letters_agree(plan
     assert found["gates"]["exact, less told"] == "0.0 (0 to 0)"
 
 
+def test_what_the_six_keep_is_compared_with_what_they_had_letter_by_letter(plan):
+    fill(plan, lambda unit: (80.0, 60.0))
+    seventh, lost = Result("slip", 90.0, 50.0, 7, 1.0, _rows(50.0)), {"a": 80.0, "b": 20.0}
+    six = [Result(task, 70.0, exact, 7, 1.0, _rows(exact)) for task, exact in lost.items()]
+    plan.store.done[Unit("kept", "MHR, all" + OLD_ROWS, 0, 3)] = [seventh, *six]
+    (row,) = (row for row in report.kept_table(plan) if row["way"] == "MHR, all, with rows of the six")
+    assert (row["seventh, form"], row["seventh, right"]) == ("90.0", "50.0")
+    assert (row["the six, form"], row["the six, right"]) == ("70.0", "50.0")
+    assert (row["the six before, form"], row["the six before, right"]) == ("100.0", "70.0")
+    # four of ten letters lose one of their two answers
+    mean, drawn = row["right, the six less before"].split(" ", 1)
+    low, high = (float(part) for part in drawn.strip("()").split(" to "))
+    assert mean == "-20.0"
+    assert -50 < low < -20 < high <= 0
+
+
 @NEWER
 def test_every_unit_of_a_plan_runs_and_a_second_call_runs_none(chat_model, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "QUICK", replace(TINY, seeds=1, shots=(2,), draws=1, tune=False))
@@ -159,7 +188,7 @@ def test_every_unit_of_a_plan_runs_and_a_second_call_runs_none(chat_model, tmp_p
     command.main(words)
     with (tmp_path / "assistants.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 6 * len(METHODS) + len(FEW)
+    assert len(lines) == 6 * len(METHODS) + len(FEW) + 7 * len(KEPT)
     sizes = {line["method"]: int(line["parameters"]) for line in lines}
     assert sizes["base"] == 0
     assert sizes["gates"] > sizes["shared LoRA"] == sizes["shared LoRA, told"]

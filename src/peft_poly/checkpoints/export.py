@@ -163,7 +163,11 @@ def _other_tensors(
         return {}
     prefix = PREFIX if tuner is root else PREFIX.removesuffix("model.")
     tensors = get_peft_model_state_dict(tuner, adapter_name=adapter, save_embedding_layers=embeddings)
-    return {f"{prefix}{key}": tensor for key, tensor in tensors.items() if f".{PolyLayer.prefix}" not in f".{key}"}
+    # skills and routers become low-rank pairs; a wrapper's two copies have been written under the module's own name
+    left_out = (f".{PolyLayer.prefix}", ".original_module.", ".modules_to_save.")
+    return {
+        f"{prefix}{key}": tensor for key, tensor in tensors.items() if not any(part in f".{key}" for part in left_out)
+    }
 
 
 def _warn_of_whole_tensors(source: _Source) -> None:
