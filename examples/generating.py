@@ -31,6 +31,8 @@ class GenerateRequest(Request):
     def _one_of_two(self) -> GenerateRequest:
         if (self.input is None) == (self.messages is None):
             raise PydanticCustomError("prompt", "Pass `input`, a prompt as it is, or `messages`, those of a chat")
+        if self.messages and self.messages[-1].role != "user":
+            raise PydanticCustomError("chat", "The last of `messages` must be the user's: it is what is answered")
         return self
 
 

@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (OSError, ValueError) as error:
-        hint = "" if Path(args.adapter).is_dir() else " (`make demo` trains one, into outputs/multitask.)"
+        hint = "" if Path(args.adapter).is_dir() else " (`make demo` and `make demo-llm` train one into outputs/.)"
         raise SystemExit(f"error: {error}{hint}") from error
     batching = {"max_batch": args.max_batch, "max_wait": args.max_wait / 1000, "max_queue": args.max_queue}
     try:

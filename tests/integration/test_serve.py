@@ -256,10 +256,12 @@ class TestGeneration:
             ({"input": "w1", "messages": [{"role": "user", "content": "w1"}]}, "Pass `input`"),
             ({"messages": []}, "messages"),
             ({"messages": [{"role": "boss", "content": "w1"}]}, "messages.0.role"),
+            ({"messages": [{"role": "system", "content": "w1"}]}, "must be the user's"),
+            ({"messages": [{"role": r, "content": "w1"} for r in ("user", "assistant")]}, "must be the user's"),
             ({"messages": [{"role": "user", "content": " "}]}, "messages.0.content: The text is blank"),
             ({"messages": [{"role": "user", "content": "w1"}], "max_new_tokens": 2}, "has no chat template"),
         ],
-        ids=["neither", "both", "none", "role", "blank", "no template"],
+        ids=["neither", "both", "none", "role", "no question", "answered", "blank", "no template"],
     )
     def test_what_is_neither_a_prompt_nor_a_chat_is_refused(self, serve, service, body, message):
         app = serve.create_app(service("llama"))
