@@ -390,17 +390,27 @@ def test_modules_to_save_go_along_with_a_warning(tmp_path):
     )
 
 
-@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
-def test_embeddings_that_changed_in_place_go_along_when_asked_for(modules_to_save, tmp_path):
+@pytest.mark.parametrize("head", ["plain", "saved", "adapted", "another's"])
+def test_embeddings_that_changed_in_place_go_along_when_asked_for(head, tmp_path):
     base = CASES["llama"].make()
     untouched = copy.deepcopy(base)
-    model = adapt("llama", base, modules_to_save=modules_to_save)
+    settings = {
+        "saved": {"modules_to_save": ["lm_head"]},
+        "adapted": {"target_modules": ["q_proj", "lm_head"], "n_splits": 1},
+    }
+    model = adapt("llama", base, **settings.get(head, {}))
+    if head == "another's":
+        other = PolyConfig(n_tasks=1, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model.add_adapter("b", other)
     with torch.no_grad():
-        model.get_input_embeddings().weight[-2:].normal_()
+        for name, p in model.named_parameters():
+            if name.endswith(("embed_tokens.weight", "lm_head.weight", "lm_head.original_module.weight")):
+                p[-2:].normal_()
     with pytest.warns(UserWarning, match="whole tensor"):
-        model.export_lora("sst2", tmp_path / "lora", save_embedding_layers=True)
+        model.export_lora("sst2", tmp_path / "lora", adapter_name="default", save_embedding_layers=True)
     whole = [key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors") if ".lora_" not in key]
-    assert sorted(whole) == ["base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"]
+    ends = ["lm_head.base_layer" if head == "adapted" else "lm_head", "model.embed_tokens"]
+    assert sorted(whole) == [f"base_model.model.{end}.weight" for end in ends]
     inputs = {"input_ids": torch.arange(base.config.vocab_size - 4, base.config.vocab_size)[None]}
     wanted = model.eval()(**inputs, task_ids="sst2").logits
     served = PeftModel.from_pretrained(untouched, tmp_path / "lora").eval()

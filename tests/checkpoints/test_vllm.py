@@ -11,7 +11,7 @@ from tiny import CASES
 
 from peft_poly import PolyConfig
 from peft_poly.checkpoints.export import export_lora
-from peft_poly.checkpoints.vllm import WITH_LORAS, vllm_command, vllm_serves
+from peft_poly.checkpoints.vllm import WITH_LORAS, vllm_command, vllm_section, vllm_serves
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
 
@@ -72,6 +72,12 @@ def test_a_card_names_no_folder_of_the_machine_that_wrote_it(tmp_path, monkeypat
     card = ModelCard.load(folders["a"] / "README.md").text
     assert "vllm serve BASE_MODEL --enable-lora" in card  # the card says: from the folder that this one lies in
     assert "`BASE_MODEL` is the folder of the base model" in card
+
+
+@pytest.mark.parametrize("name", ["/models/llama", "./llama", "~/llama", "a/b/c", None])
+def test_a_card_takes_no_path_for_the_name_of_a_model(name):
+    assert "vllm serve BASE_MODEL" in vllm_section(name, 8, {"a": "./a"})
+    assert "vllm serve some/llama" in vllm_section("some/llama", 8, {"a": "./a"})
 
 
 @pytest.mark.parametrize("whose", ["llama, no head", "bert", "encoder", "t5", "module", "rank", "tensors"])

@@ -22,7 +22,7 @@ import torch
 import transformers as tf
 from adapters import adapt, poly, spread
 from hub_server import HubServer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import CASES, MLP, TASKS, bert_config, first, llama, naive_merge
 
 import peft_poly
@@ -76,6 +76,11 @@ def save(folder, case="llama", base=None, **settings):
     model = adapt(base, config)
     model.save_pretrained(folder / "adapter")
     return model
+
+
+def load(folder):
+    """The base model that `save` wrote."""
+    return tf.LlamaForCausalLM.from_pretrained(folder / "base")
 
 
 @pytest.fixture(scope="module")
@@ -309,20 +314,40 @@ class TestExport:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
-    def test_embeddings_that_were_saved_with_the_adapter_go_along(self, run, tmp_path):
-        model = save(tmp_path, base=llama())
+    @pytest.mark.parametrize("kind", ["safetensors", "bin", "one end"])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_embeddings_that_were_saved_with_the_adapter_go_along(self, run, tmp_path, kind, tied):
+        base = llama()
+        base = tf.LlamaForCausalLM(tf.LlamaConfig.from_dict({**base.config.to_dict(), "tie_word_embeddings": tied}))
+        model = save(tmp_path, base=base)
         with torch.no_grad():
             model.get_input_embeddings().weight[-2:].normal_()  # spare rows of the vocabulary, used
-        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True, safe_serialization=kind != "bin")
+        if kind == "bin":
+            (tmp_path / "adapter" / WEIGHTS).unlink(missing_ok=True)
+        if kind == "one end":
+            weights = load_file(tmp_path / "adapter" / WEIGHTS)
+            kept = {key: tensor for key, tensor in weights.items() if "lm_head.weight" not in key}
+            save_file(kept, tmp_path / "adapter" / WEIGHTS, metadata={"format": "pt"})
         words = ["--base", tmp_path / "base", "--task", "1", "-o", tmp_path / "lora"]
         code, _, err = run("export", tmp_path / "adapter", *words)
         assert code == 0
         assert "whole tensor(s) of `modules_to_save` or embeddings" in err
-        base = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-        lora = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+        lora = peft.PeftModel.from_pretrained(load(tmp_path), tmp_path / "lora").eval()
         ids = torch.arange(base.config.vocab_size - 4, base.config.vocab_size)[None]
         wanted = model.eval()(input_ids=ids, task_ids=1).logits
         torch.testing.assert_close(lora(input_ids=ids).logits, wanted, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("embeddings", [False, "auto"])
+    def test_an_adapted_head_is_exported_with_the_base_models_own_weights(self, run, tmp_path, embeddings):
+        model = save(tmp_path, base=llama(), n_splits=1, target_modules=["q_proj", "lm_head"])
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=embeddings)
+        words = ["--base", tmp_path / "base", "--task", "1", "-o", tmp_path / "lora"]
+        assert run("export", tmp_path / "adapter", *words)[0] == 0
+        lora = peft.PeftModel.from_pretrained(load(tmp_path), tmp_path / "lora").eval()
+        inputs = CASES["llama"].inputs()
+        wanted = model.eval()(**inputs, task_ids=1).logits
+        torch.testing.assert_close(lora(**inputs).logits, wanted, atol=1e-5, rtol=0)
 
     def test_json_says_where_each_task_lies(self, done, adapter, base, tmp_path):
         result = json.loads(done("export", adapter, "--base", base, "-o", tmp_path / "all", "--json"))

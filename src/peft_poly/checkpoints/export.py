@@ -163,10 +163,23 @@ def _other_tensors(
         return {}
     prefix = PREFIX if tuner is root else PREFIX.removesuffix("model.")
     tensors = get_peft_model_state_dict(tuner, adapter_name=adapter, save_embedding_layers=embeddings)
-    # skills and routers become low-rank pairs; a wrapper's two copies have been written under the module's own name
-    left_out = (f".{PolyLayer.prefix}", ".original_module.", ".modules_to_save.")
+    tensors = {f"{prefix}{key}": t for key, t in tensors.items() if f".{PolyLayer.prefix}" not in f".{key}"}
+    if embeddings is True and isinstance(root, PreTrainedModel):  # PEFT leaves out one end where the other is adapted
+        tensors = {**_embeddings(root), **tensors}
+    # of a wrapper that is another adapter's, this one sees the module inside
+    inside = {key.replace(".original_module.", "."): t for key, t in tensors.items() if ".original_module." in key}
+    wrapped = (".original_module.", ".modules_to_save.")
+    return {**inside, **{key: t for key, t in tensors.items() if not any(part in key for part in wrapped)}}
+
+
+def _embeddings(root: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The input and output embeddings that are no adapter's."""
+    ends = [end for end in (root.get_input_embeddings(), root.get_output_embeddings()) if end is not None]
     return {
-        f"{prefix}{key}": tensor for key, tensor in tensors.items() if not any(part in f".{key}" for part in left_out)
+        f"{PREFIX}{name.replace('_orig_mod.', '')}.{key}": tensor
+        for name, module in root.named_modules(remove_duplicate=False)
+        if type(module) in (nn.Embedding, nn.Linear) and any(module is end for end in ends)
+        for key, tensor in module.state_dict().items()
     }
 
 

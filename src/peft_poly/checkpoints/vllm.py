@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -57,9 +59,9 @@ def vllm_section(base_model: Optional[str], rank: int, folders: Mapping[str, str
 
     A base model in a folder has no name that means the same wherever the card is read, so a placeholder stands for it.
     """
-    local = base_model is not None and Path(base_model).is_dir()
-    command = vllm_command(None if local else base_model, rank, folders)
-    where = " `BASE_MODEL` is the folder of the base model." if local or not base_model else ""
+    public = base_model is not None and _may_be_on_the_hub(base_model)
+    command = vllm_command(base_model if public else None, rank, folders)
+    where = "" if public else " `BASE_MODEL` is the folder of the base model."
     return f"""
 ## How to serve it
 
@@ -71,3 +73,11 @@ With vLLM, from the folder that this one lies in:
 
 Requests name the task as their `model`. `--max-loras` says how many tasks a batch may mix.{where}
 """
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).is_dir()

@@ -21,7 +21,7 @@ from ..checkpoints.finding import find_file
 
 __all__ = [
     "base_model_name",
-    "embeddings_came_along",
+    "holds_base_weights",
     "hollow_base_model",
     "load_base_model",
     "save_tokenizer",
@@ -106,14 +106,15 @@ def with_adapter(model: nn.Module, source: str, **kwargs: Any) -> Any:
         raise ValueError(f"{source} does not fit the base model: {said[min(1, len(said) - 1)].strip()}") from error
 
 
-def embeddings_came_along(model: nn.Module, source: Union[str, Path]) -> bool:
-    """Whether the adapter's file has the base model's embeddings, which went into the model with it."""
+def holds_base_weights(model: nn.Module, source: Union[str, Path]) -> bool:
+    """Whether the adapter's file has parameters of the base model itself, its embeddings, beside its own."""
     path = find_file(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
-    if path.suffix != ".safetensors":
-        return False
-    with safe_open(path, framework="pt") as file:
-        saved = set(file.keys())
-    return any(isinstance(m, nn.Embedding) and f"{name}.weight" in saved for name, m in model.named_modules())
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            saved = set(file.keys())
+    else:
+        saved = set(torch.load(path, map_location="cpu", weights_only=True))
+    return not saved.isdisjoint(name for name, _ in model.named_parameters())
 
 
 def save_tokenizer(base: str, folder: Path) -> bool:

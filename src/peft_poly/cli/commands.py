@@ -27,7 +27,7 @@ from ..insight.report import write_report
 from . import tables
 from .bases import (
     base_model_name,
-    embeddings_came_along,
+    holds_base_weights,
     hollow_base_model,
     load_base_model,
     save_tokenizer,
@@ -69,7 +69,9 @@ def export(source: str, output: Path, *, base: Optional[str], task: Optional[str
     check_target(output, force)
     quiet_libraries()
     model = with_adapter(hollow_base_model(source, config, name), source, low_cpu_mem_usage=True)
-    embeddings = True if embeddings_came_along(model, source) else "auto"
+    embeddings = holds_base_weights(model, source)
+    if embeddings:  # of the two ends the file may have one, and a hollow model has neither
+        model = with_adapter(load_base_model(source, config, name), source)
     printed = io.StringIO()
     with working("Exporting"), contextlib.redirect_stdout(printed):
         written = model.export_lora(task_id, output, overwrite=force, save_embedding_layers=embeddings)
