@@ -25,7 +25,7 @@ from .servers import ask, family, post, vllm_server
 
 RESULTS = Path(__file__).parent / "results" / "many-tasks.csv"
 WAYS = ("MHR", "gates", "LoRAs")
-MOST_IN_PEFT = 100  # LoRAs: ten times as many take a hundred times as long to load, or nearly
+MOST_IN_PEFT = 100  # LoRAs: ten times as many took sixty times as long to load
 IN_A_BATCH = 8  # of vLLM's, --max-loras
 COLUMNS = ("way", "tasks", "rank", "disk_mb", "export_s", "load_s", "memory_mb")
 
@@ -99,7 +99,7 @@ def _memory_mb(process: int) -> float:
 
 def child(*arguments: object) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.many_tasks", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -113,6 +113,7 @@ def rows_done(path: Path) -> set[tuple[str, int]]:
 
 def add(path: Path, row: dict[str, Any]) -> None:
     """A line more for the CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

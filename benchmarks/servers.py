@@ -10,7 +10,7 @@ import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,16 @@ def started(command: list[object], ready: str, log: Path, **environment: str) ->
                 raise RuntimeError(f"The server ended: {log.read_text(errors='replace')[-5000:]}")
             yield found[0], process.pid
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(timeout=120)
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and its group, which may outlive it."""
+    for sign, patience in ((signal.SIGTERM, 120), (signal.SIGKILL, 10)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience)
 
 
 @contextmanager
@@ -62,7 +69,7 @@ def vllm_server(
         port = probe.getsockname()[1]
     options = {
         "model": base, "host": "127.0.0.1", "port": port, "dtype": "float32", "max_model_len": 256,
-        "max_num_seqs": rows, "max_lora_rank": 8, "max_loras": len(loras), **options,
+        "max_num_seqs": rows, "max_lora_rank": 8, "max_loras": max(len(loras), 1), **options,
     }  # fmt: skip
     command: list[object] = [environment / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--enforce-eager", "--enable-lora"]

@@ -31,7 +31,7 @@ FEW = {
     "shared LoRA, trained on": "shared LoRA, told",
     "LoRA from scratch": None,
 }
-OLD_ROWS = ", with rows of the six"  # as many as of the seventh
+OLD_ROWS = ", with rows of the six"  # as many of each as make up the number of the seventh's, seen as often
 # ways to learn the seventh after which the six are asked again, for they share what is trained
 KEPT = [way + more for way in ("MHR, all", "gates, all", "shared LoRA, trained on") for more in ("", OLD_ROWS)]
 # base model in training, and the one that answers; the GGUF file's weights are those of the plain one, bit for bit

@@ -97,7 +97,7 @@ def quantised_table(plan: Plan) -> Table:
             "base in training, then in serving": name,
             **{what: shown([_mean(one, what)]) for what in ("form", "exact")},
             "95 % of draws": interval(letters({0: one})),
-            "exact, less plain": interval(_paired({0: one}, {0: plain})) if plain and one is not plain else "",
+            "exact, less plain": _less_plain(one, plain),
         }
         for name, one in found.items()
         if one
@@ -112,7 +112,7 @@ def served_table(found: dict[str, tuple[list[Result], list[str]]]) -> Table:
             "base": name,
             **{what: shown([_mean(one, what)]) for what in ("form", "exact")},
             "95 % of draws": interval(letters({0: one})),
-            "exact, less plain": interval(_paired({0: one}, {0: plain})) if one is not plain else "",
+            "exact, less plain": _less_plain(one, plain),
             "answers equal": f"{sum(a == b for a, b in zip(said, words, strict=True))} of {len(words)}",
         }
         for name, (one, said) in found.items()
@@ -153,6 +153,13 @@ def interval(values: list[list[float]]) -> str:
     """The 2.5th and the 97.5th percentile of the mean over draws of letters and seeds."""
     found = crossed_bootstrap(values)
     return f"{found.low:.0f} to {found.high:.0f}"
+
+
+def _less_plain(one: list[Result], plain: list[Result] | None) -> str:
+    if plain is None or one is plain:
+        return ""
+    less = _paired({0: one}, {0: plain})
+    return f"{fmean(less[0]):.1f} ({interval(less)})"
 
 
 def _by_shots(plan: Plan, way: str) -> dict[int, dict[int, list[Result]]]:

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -41,6 +42,15 @@ def test_cpu_time_is_that_of_a_process_and_of_what_it_started():
 
     _, cpu = serving.Way("here", work, [0] * 5, 1, os.getpid())()
     assert cpu > 0
+
+
+def test_cpu_time_of_this_process_is_not_that_of_the_servers_that_it_started(tmp_path):
+    busy = "print('ready', flush=True)\nwhile True: pass"
+    with started([sys.executable, "-c", busy], "ready", tmp_path / "log") as (_, process):
+        while sum(psutil.Process(process).cpu_times()[:2]) < 0.1:
+            pass
+        alone = serving.Way("here", lambda _: None, [0], 1, os.getpid(), started=False)._cpu()
+        assert serving.Way("all", lambda _: None, [0], 1, os.getpid())._cpu() >= alone + 0.1
 
 
 def test_a_server_is_asked_and_ends_with_the_block(tmp_path):
