@@ -26,6 +26,7 @@ from .servers import ask, family, post, vllm_server
 RESULTS = Path(__file__).parent / "results" / "many-tasks.csv"
 WAYS = ("MHR", "gates", "LoRAs")
 MOST_IN_PEFT = 100  # LoRAs: ten times as many took sixty times as long to load
+RANK = 4  # of MHR, and so of its exported LoRAs
 IN_A_BATCH = 8  # of vLLM's, --max-loras
 COLUMNS = ("way", "tasks", "rank", "disk_mb", "export_s", "load_s", "memory_mb")
 
@@ -43,7 +44,7 @@ def write(way: str, n: int, model: Path, folder: Path) -> dict[str, Any]:
     from peft_poly import PolyConfig
 
     torch.manual_seed(0)
-    kind = {"poly_type": "gates", "r": 16} if way == "gates" else {"r": 4, "n_skills": 4, "n_splits": 4}
+    kind = {"poly_type": "gates", "r": 16} if way == "gates" else {"r": RANK, "n_skills": 4, "n_splits": 4}
     names = [f"task{number}" for number in range(n)]
     config = PolyConfig(
         task_type="CAUSAL_LM", target_modules="all-linear", task_names=names, init_weights=False, **kind
@@ -90,7 +91,7 @@ def load_in_vllm(environment: Path, model: Path, folder: Path, n: int) -> dict[s
             post(f"{address}/v1/load_lora_adapter", {"lora_name": path.name, "lora_path": str(path.resolve())})
         seconds, memory = time.perf_counter() - start, _memory_mb(process) - before
         ask(f"{address}/v1/completions", {"model": loras[-1].name, **question})
-    return {"rank": 4, "load_s": round(seconds, 1), "memory_mb": round(memory, 1)}
+    return {"rank": RANK, "load_s": round(seconds, 1), "memory_mb": round(memory, 1)}
 
 
 def _memory_mb(process: int) -> float:

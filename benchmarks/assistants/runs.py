@@ -30,9 +30,9 @@ class Run:
     def __call__(self, unit: Unit) -> list[Result]:
         start = time.perf_counter()
         torch.manual_seed(unit.seed)
-        stage = {"tune": self._tune, "all": self._all, "quantised": self._quantised, "few": self._few,
-                 "kept": self._kept}[unit.stage]  # fmt: skip
-        model, tokenizer, rows = stage(unit)
+        stages = {"tune": self._tune, "all": self._all, "quantised": self._quantised}
+        stages |= {"few": self._few, "kept": self._kept}
+        model, tokenizer, rows = stages[unit.stage](unit)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if unit.method != "base" else 0
         said = answers(model, tokenizer, rows, tasks=_has_tasks(model))
         return _results(rows, said, trained, round(time.perf_counter() - start, 1))

@@ -417,6 +417,22 @@ def test_embeddings_that_changed_in_place_go_along_when_asked_for(head, tmp_path
     torch.testing.assert_close(served(**inputs).logits, wanted, atol=1e-5, rtol=0)
 
 
+def test_an_injected_models_embeddings_go_along_when_asked_for(tmp_path):
+    base = CASES["llama"].make()
+    untouched = copy.deepcopy(base)
+    config = PolyConfig(r=4, task_names=TASKS, target_modules=["q_proj"], init_weights=False)
+    model = peft.inject_adapter_in_model(config, base).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-2:].normal_()
+    with pytest.warns(UserWarning, match="whole tensor"):
+        export_lora(model, "sst2", tmp_path / "lora", save_embedding_layers=True)
+    inputs = {"input_ids": torch.arange(base.config.vocab_size - 4, base.config.vocab_size)[None]}
+    served = PeftModel.from_pretrained(untouched, tmp_path / "lora").eval()
+    with peft_poly.use_task(model, "sst2"):
+        wanted = model(**inputs).logits
+    torch.testing.assert_close(served(**inputs).logits, wanted, atol=1e-5, rtol=0)
+
+
 def test_an_adapter_without_modules_to_save_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

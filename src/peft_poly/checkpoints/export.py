@@ -63,7 +63,7 @@ def export_lora(
         overwrite: replace an existing folder.
         save_embedding_layers: whether the base model's embeddings go along, as in PEFT's `save_pretrained`: "auto" does
             so if the vocabulary has another size than the base model's, which leaves out those that were changed in
-            place.
+            place. True: both ends, of a model of transformers.
 
     Returns:
         The folder; for `task=None` the folders by task name (by id, as text, if the tasks have no names).
@@ -159,13 +159,13 @@ def _other_tensors(
     tuner: nn.Module, root: nn.Module, adapter: str, embeddings: Union[bool, Literal["auto"]]
 ) -> dict[str, torch.Tensor]:
     """What PEFT saves with the adapter besides its skills and routers: `modules_to_save`, embeddings."""
-    if adapter not in getattr(tuner, "peft_config", {}):
-        return {}
-    prefix = PREFIX if tuner is root else PREFIX.removesuffix("model.")
-    tensors = get_peft_model_state_dict(tuner, adapter_name=adapter, save_embedding_layers=embeddings)
-    tensors = {f"{prefix}{key}": t for key, t in tensors.items() if f".{PolyLayer.prefix}" not in f".{key}"}
+    tensors: dict[str, torch.Tensor] = {}
     if embeddings is True and isinstance(root, PreTrainedModel):  # PEFT leaves out one end where the other is adapted
-        tensors = {**_embeddings(root), **tensors}
+        tensors |= _embeddings(root)
+    if adapter in getattr(tuner, "peft_config", {}):
+        prefix = PREFIX if tuner is root else PREFIX.removesuffix("model.")
+        saved = get_peft_model_state_dict(tuner, adapter_name=adapter, save_embedding_layers=embeddings)
+        tensors |= {f"{prefix}{key}": t for key, t in saved.items() if f".{PolyLayer.prefix}" not in f".{key}"}
     # of a wrapper that is another adapter's, this one sees the module inside
     inside = {key.replace(".original_module.", "."): t for key, t in tensors.items() if ".original_module." in key}
     wrapped = (".original_module.", ".modules_to_save.")

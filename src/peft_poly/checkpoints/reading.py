@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union, cast
@@ -24,7 +25,7 @@ from ..router import Router
 from ..tasks.ids import resolve_task
 from .finding import find_file
 
-__all__ = ["Routing", "read_config", "read_routing"]
+__all__ = ["Routing", "read_config", "read_routing", "read_tensors"]
 
 CONFIG = "adapter_config.json"
 HEADS = "task_heads.json"  # of modules of one's own; see `adapter/labelled/described.py`
@@ -188,7 +189,7 @@ def _saved_logits(source: Union[str, Path], **hub_kwargs: Any) -> dict[str, torc
     """The router logits `(t, h * k)` in a checkpoint, float32, by layer; of safetensors nothing else is read."""
     path = find_file(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **hub_kwargs)
     try:
-        tensors = _tensors_ending(path, ROUTER_KEY)
+        tensors = read_tensors(path, lambda key: key.endswith(ROUTER_KEY))
     except Exception as error:  # a torn pickle fails in as many ways as there are bytes
         raise ValueError(f"{path.name} of {source} cannot be read: {error}") from error
     if not tensors:
@@ -197,12 +198,13 @@ def _saved_logits(source: Union[str, Path], **hub_kwargs: Any) -> dict[str, torc
     return {names[key]: tensors[key].float() for key in sorted(tensors, key=_natural)}
 
 
-def _tensors_ending(path: Path, ending: str) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file whose names are wanted, on the CPU; of safetensors nothing else is read."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if key.endswith(ending)}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    return {key: tensor for key, tensor in saved.items() if key.endswith(ending)}
+    return {key: tensor for key, tensor in saved.items() if wanted(key)}
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..checkpoints.finding import find_file
+from ..checkpoints.reading import read_tensors
 
 __all__ = [
     "base_model_name",
@@ -109,12 +110,7 @@ def with_adapter(model: nn.Module, source: str, **kwargs: Any) -> Any:
 def holds_base_weights(model: nn.Module, source: Union[str, Path]) -> bool:
     """Whether the adapter's file has parameters of the base model itself, its embeddings, beside its own."""
     path = find_file(source, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            saved = set(file.keys())
-    else:
-        saved = set(torch.load(path, map_location="cpu", weights_only=True))
-    return not saved.isdisjoint(name for name, _ in model.named_parameters())
+    return bool(read_tensors(path, dict(model.named_parameters()).__contains__))
 
 
 def save_tokenizer(base: str, folder: Path) -> bool:
